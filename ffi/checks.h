@@ -1,0 +1,127 @@
+// Checks and messages that the GPU and the CPU handlers share.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <exception>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "ffi/fp8.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_fp8 {
+
+namespace xffi = xla::ffi;
+
+// Builds a message from parts that can be printed.
+template <typename... Parts>
+std::string join(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  return out.str();
+}
+
+template <typename... Parts>
+xffi::Error invalid(const Parts&... parts) {
+  return xffi::Error(xffi::ErrorCode::kInvalidArgument, join(parts...));
+}
+
+inline bool to_type(xffi::DataType dtype, Type* type) {
+  switch (dtype) {
+    case xffi::DataType::F32: *type = Type::kF32; return true;
+    case xffi::DataType::BF16: *type = Type::kBF16; return true;
+    case xffi::DataType::F16: *type = Type::kF16; return true;
+    case xffi::DataType::F8E4M3FN: *type = Type::kE4M3; return true;
+    case xffi::DataType::F8E5M2: *type = Type::kE5M2; return true;
+    default: return false;
+  }
+}
+
+inline std::vector<int64_t> dims(const xffi::AnyBuffer& buffer) {
+  return {buffer.dimensions().begin(), buffer.dimensions().end()};
+}
+
+// As "float8_e4m3fn[2,16,32]".
+inline std::string describe(const xffi::AnyBuffer& buffer) {
+  Type type;
+  std::ostringstream out;
+  if (to_type(buffer.element_type(), &type)) {
+    out << type_name(type);
+  } else {
+    out << "dtype " << static_cast<int>(buffer.element_type());
+  }
+  out << '[';
+  const auto shape = dims(buffer);
+  for (size_t i = 0; i < shape.size(); ++i) out << (i ? "," : "") << shape[i];
+  out << ']';
+  return out.str();
+}
+
+inline bool is_f32(const xffi::AnyBuffer& buffer) {
+  return buffer.element_type() == xffi::DataType::F32;
+}
+
+inline bool known_block(int64_t rows, int64_t cols) {
+  return (rows == 0 && cols == 0) || (rows == 1 && cols == 0) || (rows == 1 && cols == 128) ||
+         (rows == 128 && cols == 128);
+}
+
+inline xffi::Error from_cuda(const char* operation, cudaError_t error) {
+  if (error == cudaSuccess) return xffi::Error::Success();
+  std::string message = join(operation, ": CUDA reports ", cudaGetErrorString(error));
+  if (error == cudaErrorInsufficientDriver) {
+    message += " (jax_fp8 carries CUDA 13's runtime, which needs a driver of the 580 series)";
+  }
+  return xffi::Error(xffi::ErrorCode::kInternal, message);
+}
+
+// Runs a handler's body; nothing is thrown across XLA's boundary.
+template <typename Body>
+xffi::Error guarded(const char* operation, Body body) {
+  try {
+    return body();
+  } catch (const std::exception& error) {
+    return xffi::Error(xffi::ErrorCode::kInternal, join(operation, ": ", error.what()));
+  } catch (...) {
+    return xffi::Error(xffi::ErrorCode::kInternal, join(operation, ": unknown exception"));
+  }
+}
+
+// Makes a device current, and restores the one before.
+class ScopedDevice {
+ public:
+  explicit ScopedDevice(int ordinal) {
+    if (cudaGetDevice(&before_) != cudaSuccess) before_ = -1;
+    if (before_ != ordinal) error_ = cudaSetDevice(ordinal);
+    changed_ = before_ != ordinal && before_ >= 0;
+  }
+  ~ScopedDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  ScopedDevice(const ScopedDevice&) = delete;
+  ScopedDevice& operator=(const ScopedDevice&) = delete;
+  cudaError_t error() const { return error_; }
+
+ private:
+  int before_ = -1;
+  bool changed_ = false;
+  cudaError_t error_ = cudaSuccess;
+};
+
+// XLA's CPU threads take subnormal numbers as zero; inside of this scope they count.
+class ScopedSubnormals {
+ public:
+#if defined(__SSE2__)
+  ScopedSubnormals() : before_(__builtin_ia32_stmxcsr()) {
+    __builtin_ia32_ldmxcsr(before_ & ~0x8040u);  // Flush-to-zero and denormals-are-zero.
+  }
+  ~ScopedSubnormals() { __builtin_ia32_ldmxcsr(before_); }
+
+ private:
+  unsigned before_;
+#endif
+};
+
+}  // namespace jax_fp8

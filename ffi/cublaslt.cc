@@ -1,0 +1,506 @@
+#include "ffi/cublaslt.h"
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <tuple>
+#include <utility>
+
+#include "ffi/cublaslt_library.h"
+#include "ffi/epilogue.h"
+#include "ffi/naive.h"
+
+namespace jax_fp8::lt {
+namespace {
+
+constexpr int kCandidates = 8;
+constexpr int64_t kMiB = int64_t{1} << 20;
+
+int lt_type(Type type) {
+  switch (type) {
+    case Type::kF32: return kTypeF32;
+    case Type::kBF16: return kTypeBF16;
+    case Type::kF16: return kTypeF16;
+    case Type::kE4M3: return kTypeE4M3;
+    case Type::kE5M2: return kTypeE5M2;
+  }
+  return -1;
+}
+
+int64_t align_up(int64_t value, int64_t to) { return ceil_div(value, to) * to; }
+
+// Largest power of two up to 256 that divides an address.
+int alignment_of(const void* pointer) {
+  const auto address = reinterpret_cast<uintptr_t>(pointer) | 256;
+  return static_cast<int>(address & -address);
+}
+
+// --- Plans: one for each problem that cublasLt can tell apart -------------------------------------
+
+// In cublasLt's column-major terms D is (n, m) = W^T-transposed (k, n) by X (k, m): W is its A, X
+// its B. That is the TN form, the only one that Ada and Hopper have in FP8.
+struct Key {
+  int device;
+  int64_t batch, m, n, k;
+  Type x, w, d;
+  int bias;  // lt type, -1 without one.
+  Activation activation;
+  bool vectors;  // A scale for each row of both operands.
+  bool out_scale;
+  bool fast;
+  int x_alignment, w_alignment, d_alignment;
+  int64_t workspace;
+
+  auto tie() const {
+    return std::tie(device, batch, m, n, k, x, w, d, bias, activation, vectors, out_scale, fast,
+                    x_alignment, w_alignment, d_alignment, workspace);
+  }
+  bool operator<(const Key& other) const { return tie() < other.tie(); }
+};
+
+struct Plan {
+  std::mutex mutex;  // Of the descriptor, which carries the pointers of a call.
+  MatmulDesc desc = nullptr;
+  Layout w = nullptr, x = nullptr, d = nullptr, c = nullptr;
+  Algo algo{};
+  int64_t workspace = 0;
+  std::string algorithm;
+  std::string refusal;  // Why there is no algorithm; empty when there is one.
+};
+
+// Splitting K unevenly gave wrong results (releases 12.6.3 to 13.4).
+bool split_is_safe(const Api& api, const Algo& algo, int64_t k) {
+  int32_t split = 0;
+  size_t written = 0;
+  api.MatmulAlgoConfigGetAttribute(&algo, kAlgoSplitK, &split, sizeof split, &written);
+  const size_t version = api.GetVersion();
+  const bool affected = version >= 120603 && version < 130500;
+  return !affected || split <= 1 || k % (int64_t{split} * 16) == 0;
+}
+
+std::string describe(const Api& api, const Algo& algo) {
+  const auto get = [&](int attribute) {
+    int64_t value = 0;  // The attributes are of 2 and 4 bytes.
+    size_t written = 0;
+    if (api.MatmulAlgoConfigGetAttribute(&algo, attribute, &value, 4, &written) != kSuccess) {
+      api.MatmulAlgoConfigGetAttribute(&algo, attribute, &value, 2, &written);
+    }
+    return std::to_string(value);
+  };
+  return "id " + get(kAlgoId) + ", tile " + get(kAlgoTile) + ", stages " + get(kAlgoStages) +
+         ", cluster " + get(kAlgoCluster) + ", split-k " + get(kAlgoSplitK);
+}
+
+template <typename T>
+Status set(const Api& api, MatmulDesc desc, DescAttribute attribute, T value) {
+  return api.MatmulDescSetAttribute(desc, attribute, &value, sizeof value);
+}
+
+Layout make_layout(const Api& api, Type type, int64_t rows, int64_t cols, int64_t batch,
+                   int64_t stride, Status* status) {
+  Layout layout = nullptr;
+  *status |= api.MatrixLayoutCreate(&layout, lt_type(type), rows, cols, rows);
+  if (batch > 1 && *status == kSuccess) {
+    const auto count = static_cast<int32_t>(batch);
+    *status |= api.MatrixLayoutSetAttribute(layout, kLayoutBatchCount, &count, sizeof count);
+    *status |= api.MatrixLayoutSetAttribute(layout, kLayoutBatchStride, &stride, sizeof stride);
+  }
+  return layout;
+}
+
+// Statuses are or-ed: any that is not kSuccess (0) shows.
+void make_plan(const Api& api, Handle handle, const Key& key, Plan* plan) {
+  Status status = api.MatmulDescCreate(&plan->desc, kComputeF32, kTypeF32);
+  if (status == kSuccess) {
+    status |= set(api, plan->desc, kDescTransA, kOpT);
+    status |= set(api, plan->desc, kDescFastAccum, static_cast<int8_t>(key.fast));
+    uint32_t epilogue = key.activation == Activation::kRelu   ? kEpilogueRelu
+                        : key.activation == Activation::kGelu ? kEpilogueGelu
+                                                              : 0;
+    if (key.bias >= 0) {
+      epilogue |= kEpilogueBias;
+      status |= set(api, plan->desc, kDescBiasDataType, static_cast<int32_t>(key.bias));
+    }
+    status |= set(api, plan->desc, kDescEpilogue, epilogue ? epilogue : kEpilogueDefault);
+    if (key.vectors) {
+      status |= set(api, plan->desc, kDescAScaleMode, kScaleOuterVec);
+      status |= set(api, plan->desc, kDescBScaleMode, kScaleOuterVec);
+    }
+  }
+  plan->w = make_layout(api, key.w, key.k, key.n, key.batch, key.k * key.n, &status);
+  plan->x = make_layout(api, key.x, key.k, key.m, key.batch, key.k * key.m, &status);
+  plan->d = make_layout(api, key.d, key.n, key.m, key.batch, key.n * key.m, &status);
+  // C is not read, but its type must be one that goes with an FP8 D.
+  plan->c = make_layout(api, is_fp8(key.d) ? Type::kBF16 : key.d, key.n, key.m, key.batch,
+                        key.n * key.m, &status);
+  Preference preference = nullptr;
+  status |= api.MatmulPreferenceCreate(&preference);
+  if (status != kSuccess) {
+    plan->refusal = std::string("cublasLt refuses the description: ") + api.GetStatusString(status);
+    return;
+  }
+  const auto prefer = [&](PreferenceAttribute attribute, auto value) {
+    status |= api.MatmulPreferenceSetAttribute(preference, attribute, &value, sizeof value);
+  };
+  prefer(kPrefMaxWorkspace, static_cast<uint64_t>(key.workspace));
+  prefer(kPrefMinAlignmentA, static_cast<uint32_t>(key.w_alignment));
+  prefer(kPrefMinAlignmentB, static_cast<uint32_t>(key.x_alignment));
+  prefer(kPrefMinAlignmentC, static_cast<uint32_t>(key.d_alignment));
+  prefer(kPrefMinAlignmentD, static_cast<uint32_t>(key.d_alignment));
+
+  HeuristicResult found[kCandidates];
+  int count = 0;
+  if (status == kSuccess) {
+    status = api.MatmulAlgoGetHeuristic(handle, plan->desc, plan->w, plan->x, plan->c, plan->d,
+                                        preference, kCandidates, found, &count);
+  }
+  api.MatmulPreferenceDestroy(preference);
+  for (int i = 0; i < count && status == kSuccess; ++i) {
+    if (found[i].state != kSuccess || !split_is_safe(api, found[i].algo, key.k)) continue;
+    plan->algo = found[i].algo;
+    plan->workspace = static_cast<int64_t>(found[i].workspace_size);
+    plan->algorithm = describe(api, found[i].algo);
+    return;
+  }
+  plan->refusal = "cublasLt " + version_string(api.GetVersion()) + " has no algorithm for it" +
+                  (status == kSuccess ? "" : std::string(": ") + api.GetStatusString(status));
+}
+
+// Handles and plans live as long as the process: at its end the driver may be gone before them.
+struct Cache {
+  std::mutex mutex;
+  std::map<int, Handle> handles;
+  std::map<Key, std::unique_ptr<Plan>> plans;
+};
+
+Cache& cache() {
+  static Cache* const instance = new Cache;
+  return *instance;
+}
+
+// The plan of `key`, made now if need be; null with the reason where that may not happen.
+Plan* find_plan(const Api& api, const Key& key, cudaStream_t stream, std::string* reason) {
+  const std::lock_guard lock(cache().mutex);
+  std::unique_ptr<Plan>& plan = cache().plans[key];
+  if (plan != nullptr) return plan.get();
+  cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(stream, &capturing) != cudaSuccess ||
+      capturing != cudaStreamCaptureStatusNone) {
+    *reason = "its plan was not made before a graph was captured";
+    return nullptr;
+  }
+  Handle& handle = cache().handles[key.device];
+  if (handle == nullptr) {
+    if (const Status status = api.Create(&handle); status != kSuccess) {
+      *reason = std::string("cublasLtCreate: ") + api.GetStatusString(status);
+      return nullptr;
+    }
+  }
+  plan = std::make_unique<Plan>();
+  make_plan(api, handle, key, plan.get());
+  return plan.get();
+}
+
+// --- Routes: how a product becomes calls ----------------------------------------------------------
+
+struct Route {
+  bool raw = false;      // Unscaled float32 sums into the workspace, then the finish kernel.
+  bool vectors = false;  // Row scales inside of the GEMM.
+  int64_t chunk_b = 1, chunk_m = 1;
+  // Parts of the workspace, in bytes from its aligned start.
+  int64_t x_scale = 0, w_scale = 0, sums = 0, gemm = 0, gemm_size = 0;
+};
+
+// What one GEMM points to.
+struct Pointers {
+  const void* x;
+  const void* w;
+  void* d;
+  const float* x_scale;
+  const float* w_scale;
+  const void* bias;
+  const float* out_scale;
+  float* amax;
+};
+
+// Rows and matrices whose elements 32-bit offsets can count: cublasLt 12.6.2 to 13.1 needs that.
+int64_t offset_limit(const Api& api) {
+  return api.GetVersion() < 130200 ? INT32_MAX : INT64_MAX;
+}
+
+bool is_16_byte_aligned(const void* pointer) { return alignment_of(pointer) >= 16; }
+
+// Why cublasLt cannot multiply these operands, whatever is done around it; empty if it can.
+std::string refuse(const Api& api, const Call& call) {
+  const Product& p = *call.product;
+  if (call.capability < 89) {
+    return "the device has compute capability " + std::to_string(call.capability / 10) + "." +
+           std::to_string(call.capability % 10) + ", and FP8 tensor cores begin with 8.9";
+  }
+  if (p.x.type == Type::kE5M2 && p.w.type == Type::kE5M2) {
+    return "cublasLt has no product of E5M2 with E5M2";
+  }
+  if (p.x.per_block() || p.w.per_block()) return "block scales are not run by cublasLt here";
+  if (p.k % 16 != 0) return "K must be a multiple of 16";
+  if (p.n % 4 != 0) return "N must be a multiple of 4";
+  if (!is_16_byte_aligned(p.x.data) || !is_16_byte_aligned(p.w.data)) {
+    return "an operand does not start at a multiple of 16 bytes";
+  }
+  if (p.n * p.k > offset_limit(api)) {
+    return "w has more elements than cublasLt " + version_string(api.GetVersion()) +
+           " can address";
+  }
+  return "";
+}
+
+bool can_run_directly(const Product& p) {
+  const int64_t row_bytes = p.n * byte_width(p.d_type);
+  const Type bias_type = p.d_type == Type::kF16 ? Type::kF16 : Type::kBF16;
+  const bool bias = p.bias == nullptr || (p.bias_type == bias_type && is_16_byte_aligned(p.bias));
+  const bool output = !is_fp8(p.d_type) ||
+                      (p.x.per_tensor() && p.w.per_tensor() && p.batch == 1 &&
+                       is_16_byte_aligned(p.inverse_out_scale) &&
+                       (p.d_type == Type::kE4M3 || p.x.type != p.w.type));
+  const bool shared = p.batch == 1 || (p.x.per_tensor() && p.w.per_tensor() &&
+                                       p.x.scale_batch == 0 && p.w.scale_batch == 0);
+  return row_bytes % 16 == 0 && is_16_byte_aligned(p.d) && bias && output && shared;
+}
+
+// Scales must start at multiples of 16 bytes and, for vectors, have one for each row.
+bool must_stage(const Operand& operand, bool vectors) {
+  return !is_16_byte_aligned(operand.scale) || (vectors && operand.per_tensor());
+}
+
+// Fills in `route`, or says why there is none.
+std::string plan_route(const Api& api, const Call& call, bool raw, Route* route) {
+  const Product& p = *call.product;
+  const bool rows = !p.x.per_tensor() || !p.w.per_tensor();
+  const bool hopper = call.capability >= 90 && call.capability < 100;
+  route->raw = raw;
+  route->vectors = !raw && rows;
+  if (!raw && !can_run_directly(p)) return "it needs a second kernel";
+  if (route->vectors && !hopper) return "cublasLt has row scales on compute capability 9.x alone";
+
+  const int64_t limit = offset_limit(api);
+  const int64_t largest = std::max({p.m * p.k, p.m * p.n, p.n * p.k});
+  route->chunk_b = std::clamp<int64_t>(limit / largest, 1, p.batch);
+  route->chunk_m = largest <= limit ? p.m : std::min(p.m, limit / std::max(p.k, p.n) / 128 * 128);
+  if (route->chunk_m == 0) return "a row has more elements than cublasLt can address";
+  if (!raw && is_fp8(p.d_type) && route->chunk_m < p.m) return "its amax would be that of a part";
+
+  int64_t used = 0;
+  const auto reserve = [&](int64_t bytes) {
+    const int64_t start = used;
+    used = align_up(used + bytes, 256);
+    return start;
+  };
+  if (!raw) {
+    if (must_stage(p.x, route->vectors)) {
+      route->x_scale = reserve(4 * (route->vectors ? p.m : 1));
+    }
+    if (must_stage(p.w, route->vectors)) {
+      route->w_scale = reserve(4 * (route->vectors ? p.n : 1));
+    }
+  } else {
+    route->gemm_size = (hopper || call.capability >= 100 ? 8 : 4) * kMiB;
+    route->gemm = reserve(route->gemm_size);
+    route->sums = used;
+    const int64_t fits = (call.workspace_size - used) / (4 * p.n);
+    if (fits == 0) return "a row of D does not fit into the workspace";
+    route->chunk_m = std::min(route->chunk_m, fits);
+    route->chunk_b = route->chunk_m < p.m ? 1 : std::min(route->chunk_b, fits / p.m);
+    return "";
+  }
+  route->gemm = used;
+  route->gemm_size = call.workspace_size - used;
+  return route->gemm_size < 0 ? "its scales do not fit into the workspace" : "";
+}
+
+Key make_key(const Call& call, const Route& route, const Pointers& at, int64_t batch, int64_t m) {
+  const Product& p = *call.product;
+  Key key{};
+  key.device = call.device;
+  key.batch = batch;
+  key.m = m;
+  key.n = p.n;
+  key.k = p.k;
+  key.x = p.x.type;
+  key.w = p.w.type;
+  key.d = route.raw ? Type::kF32 : p.d_type;
+  key.bias = route.raw || p.bias == nullptr ? -1 : lt_type(p.bias_type);
+  key.activation = route.raw ? Activation::kNone : p.activation;
+  key.vectors = route.vectors;
+  key.out_scale = at.out_scale != nullptr;
+  key.fast = p.fast;
+  key.x_alignment = alignment_of(at.x);
+  key.w_alignment = alignment_of(at.w);
+  key.d_alignment = alignment_of(at.d);
+  key.workspace = route.gemm_size;
+  return key;
+}
+
+// Calls body(b, count_b, row, rows, pointers) for each GEMM of the route, until it is not done.
+template <typename Body>
+Result for_each_gemm(const Call& call, const Route& route, Body body) {
+  const Product& p = *call.product;
+  auto* const workspace = static_cast<uint8_t*>(call.workspace);
+  const auto staged = [&](const Operand& operand, int64_t offset) {
+    return must_stage(operand, route.vectors) ? reinterpret_cast<float*>(workspace + offset)
+                                              : operand.scale;
+  };
+  for (int64_t b = 0; b < p.batch; b += route.chunk_b) {
+    const int64_t count_b = std::min(route.chunk_b, p.batch - b);
+    for (int64_t row = 0; row < p.m; row += route.chunk_m) {
+      const int64_t rows = std::min(route.chunk_m, p.m - row);
+      Pointers at{};
+      at.x = p.x.data + (b * p.m + row) * p.k;
+      at.w = p.w.data + b * p.n * p.k;
+      if (route.raw) {
+        at.d = workspace + route.sums;
+      } else {
+        at.d = static_cast<uint8_t*>(p.d) + (b * p.m + row) * p.n * byte_width(p.d_type);
+        at.x_scale = staged(p.x, route.x_scale) + (route.vectors ? row : 0);
+        at.w_scale = staged(p.w, route.w_scale);
+        at.bias = p.bias;
+        at.out_scale = p.inverse_out_scale;
+        at.amax = p.amax;
+      }
+      const Result result = body(b, count_b, row, rows, at);
+      if (result.outcome != Outcome::kDone) return result;
+    }
+  }
+  return {Outcome::kDone, ""};
+}
+
+Result failed(const std::string& reason) { return {Outcome::kFailed, reason}; }
+Result from_cuda(cudaError_t error) {
+  return error == cudaSuccess ? Result{Outcome::kDone, ""} : failed(cudaGetErrorString(error));
+}
+
+// Finds the plan of each GEMM of a route.
+Result prepare_route(const Api& api, const Call& call, const Route& route) {
+  return for_each_gemm(
+      call, route,
+      [&](int64_t, int64_t count_b, int64_t, int64_t rows, const Pointers& at) -> Result {
+        std::string reason;
+        const Plan* plan =
+            find_plan(api, make_key(call, route, at, count_b, rows), call.stream, &reason);
+        if (plan == nullptr) return failed(reason);
+        if (!plan->refusal.empty()) return {Outcome::kUnsupported, plan->refusal};
+        return {Outcome::kDone, ""};
+      });
+}
+
+// The first route for which cublasLt has algorithms: one call, or raw sums and a second kernel.
+Result choose_route(const Api& api, const Call& call, Route* route) {
+  std::string reason = refuse(api, call);
+  if (!reason.empty()) return {Outcome::kUnsupported, reason};
+  for (const bool raw : {false, true}) {
+    *route = Route{};
+    std::string why_not = plan_route(api, call, raw, route);
+    if (why_not.empty()) {
+      Result result = prepare_route(api, call, *route);
+      if (result.outcome != Outcome::kUnsupported) return result;
+      why_not = result.reason;
+    }
+    reason = why_not;
+  }
+  return {Outcome::kUnsupported, reason};
+}
+
+Result multiply(const Api& api, const Call& call, const Route& route, Plan* plan,
+                const Pointers& at) {
+  const float one = 1.0f, zero = 0.0f;
+  Status status = kSuccess;
+  const std::lock_guard lock(plan->mutex);
+  const auto point = [&](DescAttribute attribute, const void* pointer) {
+    if (pointer != nullptr) status |= set(api, plan->desc, attribute, pointer);
+  };
+  point(kDescAScalePointer, at.w_scale);
+  point(kDescBScalePointer, at.x_scale);
+  point(kDescBiasPointer, at.bias);
+  point(kDescDScalePointer, at.out_scale);
+  point(kDescAmaxDPointer, at.amax);
+  if (status == kSuccess) {
+    // Under the lock of the cache no longer than for the look-up; a handle may be shared.
+    Handle handle;
+    {
+      const std::lock_guard cache_lock(cache().mutex);
+      handle = cache().handles[call.device];
+    }
+    status = api.Matmul(handle, plan->desc, &one, at.w, plan->w, at.x, plan->x, &zero, nullptr,
+                        plan->c, at.d, plan->d, &plan->algo,
+                        static_cast<uint8_t*>(call.workspace) + route.gemm,
+                        static_cast<size_t>(route.gemm_size), call.stream);
+  }
+  if (status == kSuccess) return {Outcome::kDone, ""};
+  return failed(std::string("cublasLtMatmul: ") + api.GetStatusString(status) + " (" +
+                plan->algorithm + ")");
+}
+
+Result run_route(const Api& api, const Call& call, const Route& route, Ran* ran) {
+  const Product& p = *call.product;
+  auto* const workspace = static_cast<uint8_t*>(call.workspace);
+  const auto stage = [&](const Operand& operand, int64_t offset, int64_t rows) {
+    if (route.raw || !must_stage(operand, route.vectors)) return cudaSuccess;
+    return fill_scales(reinterpret_cast<float*>(workspace + offset), operand.scale,
+                       operand.per_tensor() ? 0 : 1, route.vectors ? rows : 1, call.stream);
+  };
+  cudaError_t error = stage(p.x, route.x_scale, p.m);
+  if (error == cudaSuccess) error = stage(p.w, route.w_scale, p.n);
+  if (error == cudaSuccess && p.amax != nullptr) {
+    error = cudaMemsetAsync(p.amax, 0, sizeof(float), call.stream);
+  }
+  if (error != cudaSuccess) return from_cuda(error);
+  Result result = for_each_gemm(
+      call, route,
+      [&](int64_t b, int64_t count_b, int64_t row, int64_t rows, const Pointers& at) -> Result {
+        std::string reason;
+        Plan* plan = find_plan(api, make_key(call, route, at, count_b, rows), call.stream, &reason);
+        if (plan == nullptr) return failed(reason);
+        Result done = multiply(api, call, route, plan, at);
+        ran->algorithm = plan->algorithm;
+        ran->workspace = plan->workspace;
+        if (done.outcome != Outcome::kDone || !route.raw) return done;
+        return from_cuda(finish_raw(p, static_cast<const float*>(at.d), b, count_b, row, rows,
+                                    call.stream));
+      });
+  if (result.outcome != Outcome::kDone) return result;
+  if (route.raw) ran->algorithm += "; float32 sums, finished by a second kernel";
+  if (!route.raw && p.amax != nullptr) return from_cuda(repair_infinities(p, call.stream));
+  return result;
+}
+
+// The call with its workspace aligned by hand: JAX's buffers need not be.
+Call align_workspace(Call call) {
+  const auto address = reinterpret_cast<uintptr_t>(call.workspace);
+  const int64_t skipped = align_up(static_cast<int64_t>(address), 256) - static_cast<int64_t>(address);
+  call.workspace = static_cast<uint8_t*>(call.workspace) + skipped;
+  call.workspace_size = (call.workspace_size - skipped) / 256 * 256;
+  return call;
+}
+
+}  // namespace
+
+Result prepare(const Call& call) {
+  std::string error;
+  const Api* api = library(&error);
+  if (api == nullptr) return failed(error);
+  Route route;
+  return choose_route(*api, align_workspace(call), &route);
+}
+
+Result run(const Call& call, Ran* ran) {
+  std::string error;
+  const Api* api = library(&error);
+  if (api == nullptr) return failed(error);
+  ran->version = version_string(api->GetVersion());
+  const Call aligned = align_workspace(call);
+  Route route;
+  const Result chosen = choose_route(*api, aligned, &route);
+  if (chosen.outcome != Outcome::kDone) return chosen;
+  return run_route(*api, aligned, route, ran);
+}
+
+}  // namespace jax_fp8::lt

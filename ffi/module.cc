@@ -1,0 +1,80 @@
+// The Python module jax_fp8._src._ffi: hands the handlers to JAX and answers questions.
+#include <cuda_runtime_api.h>
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+
+#include "ffi/checks.h"
+#include "ffi/cublaslt_library.h"
+#include "ffi/handlers.h"
+#include "ffi/journal.h"
+
+namespace nb = nanobind;
+
+namespace jax_fp8 {
+namespace {
+
+nb::dict capsules(const Stages& stages) {
+  nb::dict result;
+  for (const auto& [stage, handler] : stages) result[stage.c_str()] = nb::capsule(handler);
+  return result;
+}
+
+nb::dict registrations() {
+  nb::dict quantize, scaled_matmul, all;
+  quantize["cpu"] = capsules(quantize_cpu_stages());
+  quantize["CUDA"] = capsules(quantize_cuda_stages());
+  scaled_matmul["cpu"] = capsules(scaled_matmul_cpu_stages());
+  scaled_matmul["CUDA"] = capsules(scaled_matmul_cuda_stages());
+  all["jax_fp8_quantize"] = quantize;
+  all["jax_fp8_scaled_matmul"] = scaled_matmul;
+  return all;
+}
+
+std::string cublaslt_version() {
+  std::string error;
+  const lt::Api* api = lt::library(&error);
+  if (api == nullptr) throw std::runtime_error(error);
+  return lt::version_string(api->GetVersion());
+}
+
+int compute_capability(int ordinal) {
+  int major = 0, minor = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, ordinal);
+  }
+  if (error != cudaSuccess) {
+    throw std::runtime_error(from_cuda("compute_capability", error).message());
+  }
+  return 10 * major + minor;
+}
+
+nb::list journal_entries() {
+  nb::list result;
+  for (const auto& [entry, count] : journal()) {
+    nb::dict item;
+    for (const auto& [name, value] : entry) item[name.c_str()] = nb::cast(value);
+    item["when"] = "run";
+    item["count"] = count;
+    result.append(item);
+  }
+  return result;
+}
+
+}  // namespace
+}  // namespace jax_fp8
+
+NB_MODULE(_ffi, m) {
+  m.attr("API_VERSION") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
+  m.attr("JAXLIB_VERSION") = JAX_FP8_JAXLIB_VERSION;
+  m.def("registrations", &jax_fp8::registrations);
+  m.def("set_cublaslt_candidates", &jax_fp8::lt::set_candidates);
+  m.def("cublaslt_version", &jax_fp8::cublaslt_version);
+  m.def("compute_capability", &jax_fp8::compute_capability);
+  m.def("journal", &jax_fp8::journal_entries);
+  m.def("clear_journal", &jax_fp8::clear_journal);
+}

@@ -1,0 +1,52 @@
+// A scaled product as plain data: what every implementation of jax_fp8_scaled_matmul takes.
+//
+//   D[b, m, n] = activation(sum_k X[b, m, k] sx W[b, n, k] sw + bias[n])
+#pragma once
+
+#include <cstdint>
+
+#include "ffi/fp8.h"
+
+namespace jax_fp8 {
+
+constexpr int64_t kBlock = 128;  // Edge of a scale block along K.
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// An FP8 operand (batch, rows, K) with its scales. block_rows and block_cols say how many rows and
+// columns share a scale, 0 standing for all of them.
+struct Operand {
+  const uint8_t* data;
+  const float* scale;
+  Type type;
+  int block_rows;
+  int block_cols;
+  int64_t scale_rows;   // Scales along the rows of one batch entry.
+  int64_t scale_cols;   // Scales along K.
+  int64_t scale_batch;  // Distance between the scales of batch entries, 0 if they share them.
+
+  bool per_tensor() const { return block_rows == 0; }
+  bool per_block() const { return block_cols != 0; }
+
+  __host__ __device__ float scale_at(int64_t batch, int64_t row, int64_t k_block) const {
+    const int64_t scale_row = block_rows == 0 ? 0 : row / block_rows;
+    return scale[batch * scale_batch + scale_row * scale_cols + k_block];
+  }
+};
+
+enum class Activation : int { kNone, kRelu, kGelu };
+
+struct Product {
+  int64_t batch, m, n, k;
+  Operand x, w;
+  const void* bias;  // (n,), or null.
+  Type bias_type;
+  Activation activation;
+  void* d;  // (batch, m, n).
+  Type d_type;
+  const float* inverse_out_scale;  // One float when D is FP8, else null.
+  float* amax;                     // Likewise.
+  bool fast;                       // Accumulation.
+};
+
+}  // namespace jax_fp8

@@ -1,0 +1,31 @@
+// Quantization of (batch, rows, columns) to FP8: on the host and on the device.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "ffi/fp8.h"
+
+namespace jax_fp8 {
+
+// block_rows and block_cols say how many rows and columns share a scale, 0 standing for all.
+struct Quantize {
+  int64_t batch, rows, cols;
+  int block_rows, block_cols;
+  const void* x;
+  Type x_type;
+  const float* given;  // Static scales, or null for dynamic ones.
+  uint8_t* data;
+  Type data_type;
+  float* scale;
+  float* amax;  // May be null with static scales.
+};
+
+// The shape of the scales: (batch, scale_rows, scale_cols).
+inline int64_t scale_extent(int64_t extent, int block) {
+  return block == 0 ? 1 : (extent + block - 1) / block;
+}
+
+void quantize_host(const Quantize& q);
+cudaError_t quantize_device(const Quantize& q, cudaStream_t stream);
+
+}  // namespace jax_fp8

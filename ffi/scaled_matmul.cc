@@ -1,0 +1,276 @@
+// The handlers of jax_fp8_scaled_matmul: checks and dispatch.
+#include <optional>
+#include <string_view>
+#include <utility>
+
+#include "ffi/checks.h"
+#include "ffi/cublaslt.h"
+#include "ffi/decode.h"
+#include "ffi/handlers.h"
+#include "ffi/journal.h"
+#include "ffi/naive.h"
+
+namespace jax_fp8 {
+namespace {
+
+constexpr char kName[] = "jax_fp8_scaled_matmul";
+
+// The arguments as XLA hands them over.
+struct Arguments {
+  xffi::AnyBuffer x, x_scale, w, w_scale, bias, inverse_out_scale;
+  xffi::Result<xffi::AnyBuffer> d, amax, workspace;
+  int64_t x_block_rows, x_block_cols, w_block_rows, w_block_cols;
+  std::string_view activation;
+  bool fast;
+  std::string_view implementation;
+  int64_t capability;
+};
+
+xffi::Error make_operand(const char* name, const xffi::AnyBuffer& data,
+                         const xffi::AnyBuffer& scale, int64_t block_rows, int64_t block_cols,
+                         Operand* operand) {
+  if (!to_type(data.element_type(), &operand->type) || !is_fp8(operand->type) ||
+      dims(data).size() != 3) {
+    return invalid(kName, ": ", name,
+                   " must be (batch, rows, K) of float8_e4m3fn or float8_e5m2, got ",
+                   describe(data));
+  }
+  if (!known_block(block_rows, block_cols)) {
+    return invalid(kName, ": unknown block (", block_rows, ", ", block_cols, ") of ", name);
+  }
+  const auto shape = dims(data), got = dims(scale);
+  const int64_t rows = block_rows == 0 ? 1 : ceil_div(shape[1], block_rows);
+  const int64_t cols = block_cols == 0 ? 1 : ceil_div(shape[2], block_cols);
+  const bool fits = got.size() == 3 && got[1] == rows && got[2] == cols &&
+                    (got[0] == shape[0] || (got[0] == 1 && block_rows == 0));
+  if (!is_f32(scale) || !fits) {
+    return invalid(kName, ": the scale of ", name, " must be float32[", shape[0], ",", rows, ",",
+                   cols, "] for ", describe(data), " and block (", block_rows, ", ", block_cols,
+                   "), got ", describe(scale));
+  }
+  operand->data = static_cast<const uint8_t*>(data.untyped_data());
+  operand->scale = static_cast<const float*>(scale.untyped_data());
+  operand->block_rows = static_cast<int>(block_rows);
+  operand->block_cols = static_cast<int>(block_cols);
+  operand->scale_rows = rows;
+  operand->scale_cols = cols;
+  operand->scale_batch = got[0] == 1 ? 0 : rows * cols;
+  return xffi::Error::Success();
+}
+
+std::optional<Activation> to_activation(std::string_view name) {
+  if (name == "none") return Activation::kNone;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "gelu") return Activation::kGelu;
+  return std::nullopt;
+}
+
+xffi::Error make_product(const Arguments& a, Product* p) {
+  if (auto error =
+          make_operand("x", a.x, a.x_scale, a.x_block_rows, a.x_block_cols, &p->x);
+      error.failure()) {
+    return error;
+  }
+  if (auto error =
+          make_operand("w", a.w, a.w_scale, a.w_block_rows, a.w_block_cols, &p->w);
+      error.failure()) {
+    return error;
+  }
+  const auto x = dims(a.x), w = dims(a.w);
+  if (x[0] != w[0] || x[2] != w[2]) {
+    return invalid(kName, ": x must be (B, M, K) and w (B, N, K), got ", describe(a.x), " and ",
+                   describe(a.w));
+  }
+  if (!to_type(a.d->element_type(), &p->d_type) ||
+      dims(*a.d) != std::vector<int64_t>{x[0], x[1], w[1]}) {
+    return invalid(kName, ": the result must be (B, M, N) for x ", describe(a.x), " and w ",
+                   describe(a.w), ", got ", describe(*a.d));
+  }
+  const auto one_if_fp8 = [&](const xffi::AnyBuffer& buffer) {
+    return is_f32(buffer) && buffer.element_count() == (is_fp8(p->d_type) ? 1u : 0u);
+  };
+  if (!one_if_fp8(a.inverse_out_scale) || !one_if_fp8(*a.amax)) {
+    return invalid(kName, ": an FP8 result, and no other, has an output scale and an amax; got ",
+                   describe(*a.d), " with ", describe(a.inverse_out_scale), " and ",
+                   describe(*a.amax));
+  }
+  const bool has_bias = a.bias.element_count() != 0;
+  if (!to_type(a.bias.element_type(), &p->bias_type) || is_fp8(p->bias_type) ||
+      (has_bias && dims(a.bias) != std::vector<int64_t>{w[1]})) {
+    return invalid(kName, ": the bias must be (N,) of float32, bfloat16 or float16 for w ",
+                   describe(a.w), ", got ", describe(a.bias));
+  }
+  const auto activation = to_activation(a.activation);
+  if (!activation) {
+    return invalid(kName, ": activation must be none, relu or gelu, got ", a.activation);
+  }
+  p->batch = x[0];
+  p->m = x[1];
+  p->n = w[1];
+  p->k = x[2];
+  p->bias = has_bias ? a.bias.untyped_data() : nullptr;
+  p->activation = *activation;
+  p->d = a.d->untyped_data();
+  p->inverse_out_scale = static_cast<const float*>(a.inverse_out_scale.untyped_data());
+  p->amax = is_fp8(p->d_type) ? static_cast<float*>(a.amax->untyped_data()) : nullptr;
+  p->fast = a.fast;
+  return xffi::Error::Success();
+}
+
+xffi::Error refuse(const Arguments& a, const std::string& reason) {
+  return xffi::Error(xffi::ErrorCode::kUnimplemented,
+                     join(kName, ": implementation '", a.implementation, "' cannot multiply x ",
+                          describe(a.x), " by w ", describe(a.w), " to ", describe(*a.d), ": ",
+                          reason));
+}
+
+void note_product(const Product& p, const char* platform, const std::string& implementation,
+                  const lt::Ran& ran = {}) {
+  Entry entry = {
+      {"operation", "scaled_matmul"},
+      {"implementation", implementation},
+      {"platform", platform},
+      {"shape", std::vector<int64_t>{p.batch, p.m, p.n, p.k}},
+      {"dtypes", std::vector<std::string>{type_name(p.x.type), type_name(p.w.type),
+                                          type_name(p.d_type)}},
+      {"granularity",
+       std::vector<std::string>{granularity_name(p.x.block_rows, p.x.block_cols),
+                                granularity_name(p.w.block_rows, p.w.block_cols)}},
+      {"accumulation", p.fast ? "fast" : "precise"}};
+  if (!ran.algorithm.empty()) {
+    entry["algorithm"] = ran.algorithm;
+    entry["workspace"] = ran.workspace;
+    entry["cublaslt"] = ran.version;
+  }
+  note(std::move(entry));
+}
+
+xffi::Error run_on_cpu(const Arguments& a) {
+  return guarded(kName, [&] {
+    Product p{};
+    if (auto error = make_product(a, &p); error.failure()) return error;
+    if (a.implementation != "naive") return refuse(a, "the CPU has 'naive' and 'xla' alone");
+    note_product(p, "cpu", "naive");
+    const ScopedSubnormals subnormals;
+    naive_host(p);
+    return xffi::Error::Success();
+  });
+}
+
+// The compute capability as 90 for 9.0: of the device, or the one that the call pretends.
+cudaError_t find_capability(const Arguments& a, int ordinal, int* capability) {
+  *capability = static_cast<int>(a.capability);
+  if (*capability != 0) return cudaSuccess;
+  int major = 0, minor = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, ordinal);
+  *capability = 10 * major + minor;
+  return error;
+}
+
+// Both stages see the same arguments: the first makes cublasLt's plans, the second runs.
+enum class Stage { kInitialize, kExecute };
+
+xffi::Error run_on_cuda(Stage stage, cudaStream_t stream, int32_t ordinal, const Arguments& a) {
+  return guarded(kName, [&]() -> xffi::Error {
+    Product p{};
+    if (auto error = make_product(a, &p); error.failure()) return error;
+    const ScopedDevice device(ordinal);
+    if (device.error() != cudaSuccess) return from_cuda(kName, device.error());
+    lt::Call call{&p, 0, ordinal, a.workspace->untyped_data(),
+                  static_cast<int64_t>(a.workspace->element_count()), stream};
+    if (auto error = find_capability(a, ordinal, &call.capability); error != cudaSuccess) {
+      return from_cuda(kName, error);
+    }
+    const bool any = a.implementation.empty();
+    const bool execute = stage == Stage::kExecute;
+    if (p.batch * p.m * p.n == 0) {
+      // Nothing to write but the amax of nothing.
+      if (!execute || p.amax == nullptr) return xffi::Error::Success();
+      return from_cuda(kName, cudaMemsetAsync(p.amax, 0, sizeof(float), stream));
+    }
+    // Without sums there is no product to give to cublasLt; the naive kernel writes the bias.
+    const bool empty = p.k == 0;
+    if (!empty && (a.implementation == "cublaslt" || (any && call.capability >= 89))) {
+      lt::Ran ran;
+      const lt::Result result = execute ? lt::run(call, &ran) : lt::prepare(call);
+      if (result.outcome == lt::Outcome::kDone) {
+        if (execute) note_product(p, "cuda", "cublaslt", ran);
+        return xffi::Error::Success();
+      }
+      if (result.outcome == lt::Outcome::kFailed) {
+        return xffi::Error(xffi::ErrorCode::kInternal,
+                           join(kName, ": x ", describe(a.x), ", w ", describe(a.w), " to ",
+                                describe(*a.d), ": ", result.reason));
+      }
+      if (!any) return refuse(a, result.reason);
+    }
+    if (!execute) return xffi::Error::Success();
+    if (p.amax != nullptr) {
+      const cudaError_t error = cudaMemsetAsync(p.amax, 0, sizeof(float), stream);
+      if (error != cudaSuccess) return from_cuda(kName, error);
+    }
+    if (empty || a.implementation == "naive" || (any && call.capability < 75)) {
+      note_product(p, "cuda", "naive");
+      return from_cuda(kName, naive_device(p, stream));
+    }
+    if (a.implementation != "decode" && !any) return refuse(a, "there is none of that name");
+    if (call.capability < 75) return refuse(a, "16-bit tensor cores begin with 7.5");
+    note_product(p, "cuda", "decode");
+    return from_cuda(kName, decode_matmul(p, stream));
+  });
+}
+
+template <typename Binding>
+auto bind_arguments(Binding binding) {
+  return std::move(binding)
+      .template Arg<xffi::AnyBuffer>()
+      .template Arg<xffi::AnyBuffer>()
+      .template Arg<xffi::AnyBuffer>()
+      .template Arg<xffi::AnyBuffer>()
+      .template Arg<xffi::AnyBuffer>()
+      .template Arg<xffi::AnyBuffer>()
+      .template Ret<xffi::AnyBuffer>()
+      .template Ret<xffi::AnyBuffer>()
+      .template Ret<xffi::AnyBuffer>()
+      .template Attr<int64_t>("x_block_rows")
+      .template Attr<int64_t>("x_block_cols")
+      .template Attr<int64_t>("w_block_rows")
+      .template Attr<int64_t>("w_block_cols")
+      .template Attr<std::string_view>("activation")
+      .template Attr<bool>("fast_accumulation")
+      .template Attr<std::string_view>("implementation")
+      .template Attr<int64_t>("capability");
+}
+
+template <xffi::ExecutionStage stage>
+auto bind_cuda() {
+  return bind_arguments(xffi::Ffi::Bind<stage>()
+                            .template Ctx<xffi::PlatformStream<cudaStream_t>>()
+                            .template Ctx<xffi::DeviceOrdinal>());
+}
+
+// The handlers take their arguments one by one, in the order of Arguments.
+constexpr auto on_cpu = [](auto... arguments) { return run_on_cpu(Arguments{arguments...}); };
+template <Stage stage>
+constexpr auto on_cuda = [](cudaStream_t stream, int32_t ordinal, auto... arguments) {
+  return run_on_cuda(stage, stream, ordinal, Arguments{arguments...});
+};
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER(matmul_cpu, on_cpu, bind_arguments(xffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER(matmul_initialize, on_cuda<Stage::kInitialize>,
+                       bind_cuda<xffi::ExecutionStage::kInitialize>());
+XLA_FFI_DEFINE_HANDLER(matmul_execute, on_cuda<Stage::kExecute>,
+                       bind_cuda<xffi::ExecutionStage::kExecute>(),
+                       {xffi::Traits::kCmdBufferCompatible});
+
+Stages scaled_matmul_cpu_stages() { return {{"execute", reinterpret_cast<void*>(matmul_cpu)}}; }
+Stages scaled_matmul_cuda_stages() {
+  return {{"initialize", reinterpret_cast<void*>(matmul_initialize)},
+          {"execute", reinterpret_cast<void*>(matmul_execute)}};
+}
+
+}  // namespace jax_fp8

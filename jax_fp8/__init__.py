@@ -1,0 +1,25 @@
+"""FP8 matrix products for JAX that run what they say.
+
+``quantize`` makes ScaledArrays, ``scaled_matmul`` and ``matmul`` multiply them, on cublasLt's FP8
+kernels where the GPU has them, and ``plans`` tells what ran.
+"""
+
+from jax_fp8._src.plans import clear_plans, plans
+from jax_fp8._src.quantize import dequantize, quantize
+from jax_fp8._src.recipe import Operand, Recipe
+from jax_fp8._src.scaled_array import ScaledArray
+from jax_fp8._src.scaled_matmul import matmul, scaled_matmul
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Operand",
+    "Recipe",
+    "ScaledArray",
+    "clear_plans",
+    "dequantize",
+    "matmul",
+    "plans",
+    "quantize",
+    "scaled_matmul",
+]

@@ -1,0 +1,154 @@
+"""Loads the extension, registers its XLA FFI targets, and has one thin function a target."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import pathlib
+import re
+import threading
+from typing import Any
+
+import jax
+import jax.ffi
+import jax.numpy as jnp
+import numpy as np
+
+from jax_fp8._src import _ffi
+
+#: Bytes of scratch that a product takes as one more result: what cublasLt wants on Hopper and
+#: later, and 256 for aligning it by hand.
+WORKSPACE_BYTES = (32 << 20) + 256
+
+_lock = threading.Lock()
+_registered = False
+
+
+def _running_api_version() -> tuple[int, int] | None:
+    """The FFI API version of the running jaxlib, read from the headers it ships."""
+    header = pathlib.Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
+    try:
+        text = header.read_text()
+    except OSError:
+        return None
+    found = [re.search(rf"#define XLA_FFI_API_{part} (\d+)", text) for part in ("MAJOR", "MINOR")]
+    if None in found:
+        return None
+    major, minor = (int(match.group(1)) for match in found if match)
+    return major, minor
+
+
+def check_api_version(built: tuple[int, int], running: tuple[int, int] | None) -> None:
+    """Raises an ImportError if handlers built for ``built`` would be refused by ``running``.
+
+    XLA accepts a handler whose FFI API is not newer than its own; one that it refuses would
+    take JAX's whole CPU backend down, so this is settled before anything is registered.
+    """
+    if running is None or (built[0] == running[0] and built <= running):
+        return
+    raise ImportError(
+        f"jax_fp8 was built for XLA FFI API {built[0]}.{built[1]} (jaxlib {_ffi.JAXLIB_VERSION}),"
+        f" but the running jaxlib {jax.lib.__version__} has API {running[0]}.{running[1]}:"
+        " install a newer jax, or rebuild jax_fp8 against this one"
+    )
+
+
+def _cublaslt_candidates() -> list[str]:
+    """Where pip installs cublasLt, CUDA 13 first: the copies that JAX's own wheels use."""
+    spec = importlib.util.find_spec("nvidia")
+    roots = list(spec.submodule_search_locations or []) if spec else []
+    places = ("cu13/lib/libcublasLt.so.13", "cublas/lib/libcublasLt.so.12")
+    paths = [pathlib.Path(root) / place for place in places for root in roots]
+    return [str(path) for path in paths if path.exists()]
+
+
+def register() -> None:
+    """Registers all targets, once; a second call returns at once. Thread-safe."""
+    global _registered
+    with _lock:
+        if _registered:
+            return
+        check_api_version(_ffi.API_VERSION, _running_api_version())
+        _ffi.set_cublaslt_candidates(_cublaslt_candidates())
+        for target, platforms in _ffi.registrations().items():
+            for platform, stages in platforms.items():
+                jax.ffi.register_ffi_target(target, stages, platform=platform)
+        _registered = True
+
+
+def _result(like: jax.Array, shape: tuple[int, ...], dtype: Any) -> Any:
+    """A result type that keeps the mesh and the manual axes of the operand ``like``."""
+    return jax.typeof(like).update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False)
+
+
+def quantize(
+    x: jax.Array,
+    scale: jax.Array | None,
+    *,
+    dtype: Any,
+    block: tuple[int, int],
+    scale_shape: tuple[int, ...],
+    amax: bool,
+) -> list[jax.Array]:
+    """Calls ``jax_fp8_quantize``: (B, R, C) to the data, the scale and the amax.
+
+    ``scale`` None is dynamic scaling. The amax comes back empty where nobody needs it.
+    """
+    register()
+    given = jnp.zeros((0,), jnp.float32) if scale is None else scale
+    results = (
+        _result(x, x.shape, dtype),
+        _result(x, scale_shape, jnp.float32),
+        _result(x, scale_shape if amax or scale is None else (0,), jnp.float32),
+    )
+    call = jax.ffi.ffi_call("jax_fp8_quantize", results)
+    return call(x, given, block_rows=np.int64(block[0]), block_cols=np.int64(block[1]))
+
+
+def scaled_matmul(
+    operands: tuple[jax.Array, ...],
+    *,
+    out_dtype: Any,
+    blocks: tuple[tuple[int, int], tuple[int, int]],
+    activation: str,
+    fast: bool,
+    implementation: str,
+    capability: int,
+    workspace: bool,
+) -> list[jax.Array]:
+    """Calls ``jax_fp8_scaled_matmul``: x (B, M, K) and w (B, N, K) to (B, M, N).
+
+    ``operands`` are x, its scale, w, its scale, the bias (or empty) and the reciprocal of the
+    output scale (or empty). The results are D, its amax (empty unless D is FP8) and scratch.
+    """
+    register()
+    x, _, w, _, _, inverse_out_scale = operands
+    results = (
+        _result(x, (x.shape[0], x.shape[1], w.shape[1]), out_dtype),
+        _result(x, inverse_out_scale.shape, jnp.float32),
+        _result(x, (WORKSPACE_BYTES if workspace else 0,), jnp.uint8),
+    )
+    call = jax.ffi.ffi_call("jax_fp8_scaled_matmul", results)
+    (x_rows, x_cols), (w_rows, w_cols) = blocks
+    return call(
+        *operands,
+        x_block_rows=np.int64(x_rows),
+        x_block_cols=np.int64(x_cols),
+        w_block_rows=np.int64(w_rows),
+        w_block_cols=np.int64(w_cols),
+        activation=activation,
+        fast_accumulation=fast,
+        implementation=implementation,
+        capability=np.int64(capability),
+    )
+
+
+@functools.cache
+def cublaslt_version() -> str:
+    """Version of the cublasLt that is loaded, as ``"13.1.0"``; loads it if need be.
+
+    Raises:
+      RuntimeError: when there is none, or it is older than what jax_fp8 supports.
+    """
+    register()
+    return _ffi.cublaslt_version()

@@ -1,0 +1,291 @@
+"""quantize and dequantize: wide arrays to ScaledArrays and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_fp8._src import ffi, plans
+from jax_fp8._src.partition import partition
+from jax_fp8._src.scaled_array import (
+    Granularity,
+    ScaledArray,
+    block_shape,
+    check_fp8_dtype,
+    check_granularity,
+    check_rank,
+    check_scaled_array,
+    expand_scale,
+    fp8_max,
+    scale_shape,
+)
+
+WIDE_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+IMPLEMENTATIONS = (None, "kernel", "xla")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeConfig:
+    """The static part of a call: everything but the arrays."""
+
+    dtype: jnp.dtype
+    granularity: Granularity
+    static: bool
+    amax: bool
+    implementation: str | None
+    #: Leading axes that vmap put in front: each entry is quantized as if it were alone.
+    batch_dims: int = 0
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the scale of an operand of ``shape``, the leading batch axes included."""
+        batch = shape[: self.batch_dims]
+        return (*batch, *scale_shape(shape[self.batch_dims :], self.granularity))
+
+
+def round_saturate(x: jax.Array, inverse_scale: jax.Array, dtype: Any) -> jax.Array:
+    """Rounds ``x * inverse_scale`` to nearest even in FP8, saturating; infinities become NaN."""
+    largest = fp8_max(dtype)
+    scaled = jnp.clip(x * inverse_scale, -largest, largest)  # clip keeps NaN
+    return jnp.where(jnp.isinf(x), jnp.nan, scaled).astype(dtype)
+
+
+def inverse(scale: jax.Array) -> jax.Array:
+    """``1 / scale``, or NaN where that or ``scale`` is not finite, so that nothing slips through."""
+    reciprocal = 1.0 / scale
+    return jnp.where(jnp.isfinite(reciprocal) & jnp.isfinite(scale), reciprocal, jnp.nan)
+
+
+def dynamic_scale(amax: jax.Array, dtype: Any) -> jax.Array:
+    """``max(amax / max, 2^-126)`` in float32; 1 where the amax is 0, NaN where it is not finite."""
+    # The floor keeps the reciprocal finite. The barrier, around as many divisors as there are
+    # amaxes, keeps XLA from multiplying by the reciprocal instead, which rounds differently.
+    largest = lax.optimization_barrier(jnp.full(amax.shape, fp8_max(dtype), jnp.float32))
+    scale = jnp.maximum(amax / largest, 2.0**-126)
+    return jnp.where(amax == 0, 1.0, jnp.where(jnp.isfinite(amax), scale, jnp.nan))
+
+
+def absolute_max(x: jax.Array, axis: Any = None, keepdims: bool = False) -> jax.Array:
+    """The largest magnitude of float32 ``x``, NaN where there is one, 0 where there is nothing.
+
+    As integers magnitudes order with infinity and then NaN on top; XLA's maximum of floats may
+    lose a NaN on the CPU.
+    """
+    bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+    return lax.bitcast_convert_type(
+        jnp.max(bits, axis=axis, keepdims=keepdims, initial=0), jnp.float32
+    )
+
+
+def _amax(x: jax.Array, granularity: Granularity) -> jax.Array:
+    """The amax under each scale."""
+    rows, columns = block_shape(granularity)
+    if granularity == "tensor":
+        return absolute_max(x, keepdims=True)
+    if granularity == "row":
+        return absolute_max(x, axis=-1, keepdims=True)
+    shape = scale_shape(x.shape, granularity)
+    padding = [(0, 0)] * x.ndim
+    padding[-1] = (0, shape[-1] * columns - x.shape[-1])
+    if rows > 1:
+        padding[-2] = (0, shape[-2] * rows - x.shape[-2])
+    x = jnp.pad(x, padding)
+    tiles = (*shape[:-2], shape[-2], rows, shape[-1], columns) if x.ndim > 1 else (*shape, columns)
+    return absolute_max(x.reshape(tiles), axis=(-3, -1) if x.ndim > 1 else -1)
+
+
+def _reference(
+    config: QuantizeConfig, x: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The definition in plain JAX: the oracle of the tests, and what the CPU runs."""
+    if config.batch_dims:
+        inner = dataclasses.replace(config, batch_dims=config.batch_dims - 1)
+        return jax.vmap(functools.partial(_reference, inner))(x, scale)
+    wide = x.astype(jnp.float32)
+    amax = _amax(wide, config.granularity)
+    if not config.static:
+        scale = dynamic_scale(amax, config.dtype)
+    factor = expand_scale(inverse(scale), x.shape, config.granularity)
+    return round_saturate(wide, factor, config.dtype), scale, amax
+
+
+def _kernel(
+    config: QuantizeConfig, x: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The handler, which knows (batch, rows, columns) only."""
+    out_shape = config.scale_shape(x.shape)
+    batch, own = x.shape[: config.batch_dims], x.shape[config.batch_dims :]
+    count = math.prod(batch)
+    if config.granularity == "tensor":
+        shape3 = (count, 1, math.prod(own))
+        scale3 = (count, 1, 1)
+    else:
+        leading = math.prod(own[:-2])
+        rows, columns = (own[-2] if len(own) > 1 else 1), own[-1]
+        if block_shape(config.granularity)[0] == 1:  # rows know nothing of each other
+            shape3 = (1, count * leading * rows, columns)
+            scale3 = scale_shape(shape3, config.granularity)
+        else:
+            shape3 = (count * leading, rows, columns)
+            scale3 = scale_shape(shape3, config.granularity)
+    data, new_scale, amax = ffi.quantize(
+        x.reshape(shape3),
+        scale.reshape(scale3) if config.static else None,
+        dtype=config.dtype,
+        block=block_shape(config.granularity),
+        scale_shape=scale3,
+        amax=config.amax,
+    )
+    amax = amax.reshape(out_shape) if amax.size == new_scale.size else new_scale.reshape(out_shape)
+    return data.reshape(x.shape), new_scale.reshape(out_shape), amax
+
+
+def _xla(config: QuantizeConfig, x: jax.Array, scale: jax.Array) -> Any:
+    plans.record_traced(
+        "quantize",
+        platform="any" if config.implementation == "xla" else "cpu",
+        shape=x.shape,
+        dtypes=(x.dtype.name, config.dtype.name),
+        granularity=config.granularity,
+    )
+    return _reference(config, x, scale)
+
+
+def _local(config: QuantizeConfig, x: jax.Array, scale: jax.Array) -> Any:
+    """Runs on the operands of one device, whatever mesh they came from."""
+    xla, kernel = functools.partial(_xla, config), functools.partial(_kernel, config)
+    if config.implementation == "xla":
+        return xla(x, scale)
+    if config.implementation == "kernel":
+        return kernel(x, scale)
+    return lax.platform_dependent(x, scale, cpu=xla, cuda=kernel)
+
+
+@functools.lru_cache(maxsize=None)
+def _operation(config: QuantizeConfig) -> Any:
+    """custom_vjp -> custom_vmap -> partition -> platform, for one configuration."""
+    batched = jax.custom_batching.custom_vmap(
+        partition("quantize", functools.partial(_local, config))
+    )
+
+    @batched.def_vmap
+    def _vmap(axis_size: int, in_batched: list[bool], x: jax.Array, scale: jax.Array) -> Any:
+        def front(array: jax.Array, is_batched: bool) -> jax.Array:
+            return array if is_batched else jnp.broadcast_to(array, (axis_size, *array.shape))
+
+        deeper = dataclasses.replace(config, batch_dims=config.batch_dims + 1)
+        out = _operation(deeper)(front(x, in_batched[0]), front(scale, in_batched[1]))
+        return out, (True, True, True)
+
+    differentiable = jax.custom_vjp(batched)
+
+    def forward(x: jax.Array, scale: jax.Array) -> Any:
+        raise NotImplementedError(
+            "quantize: an FP8 result has no useful gradient; differentiate a product of the wide"
+            " operands, or put jax.lax.stop_gradient around the operand of quantize"
+        )
+
+    differentiable.defvjp(forward, lambda residuals, cotangents: cotangents)
+    return jax.jit(differentiable, inline=True)
+
+
+def _static_scale(scale: Any, shape: tuple[int, ...], granularity: Granularity) -> jax.Array:
+    scale = jnp.asarray(scale)
+    if not jnp.issubdtype(scale.dtype, jnp.floating) or scale.dtype.itemsize > 4:
+        raise TypeError(f"quantize: scale must be float32, got {scale.dtype}")
+    want = scale_shape(shape, granularity)
+    if scale.shape != want and not (granularity == "tensor" and scale.size == 1):
+        raise ValueError(
+            f"quantize: scale of shape {scale.shape} does not fit x of shape {shape} with"
+            f" granularity {granularity!r}, which takes {want}"
+        )
+    return scale.astype(jnp.float32).reshape(want)
+
+
+def quantize(
+    x: jax.Array,
+    *,
+    dtype: Any = jnp.float8_e4m3fn,
+    granularity: Granularity = "tensor",
+    scale: Any = None,
+    return_amax: bool = False,
+    implementation: str | None = None,
+) -> Any:
+    """Quantizes a wide array to FP8 with float32 scales.
+
+    The scale is ``max(amax / max, 2^-126)``, 1 where the amax is 0, with max the largest finite
+    value of ``dtype`` (448 or 57344); the data is ``x * (1 / scale)`` in float32, rounded to
+    nearest even and saturated. NaN stays NaN, an infinity becomes NaN, and a NaN or an infinity
+    among the values that a dynamic scale is taken from makes that scale and its data NaN.
+
+    Args:
+      x: ``(..., R, K)``; float32, bfloat16 or float16.
+      dtype: ``float8_e4m3fn`` or ``float8_e5m2``.
+      granularity: what shares a scale: ``"tensor"`` (all of ``x``), ``"row"`` (each vector along
+        the last axis), ``(1, 128)`` or ``(128, 128)`` (blocks of the last one or two axes).
+      scale: None for dynamic scaling; else the float32 scale to use, of the shape that
+        ``ScaledArray`` states (a scalar will do for ``"tensor"``).
+      return_amax: also return the amax of ``x`` under each scale, float32 in ``scale``'s shape.
+      implementation: ``"kernel"`` (this library's handler, on the GPU and on the CPU), ``"xla"``
+        (plain JAX), or None: the kernel on a GPU and XLA on a CPU. All give the same bits, but
+        that XLA's CPU backend takes subnormal float32 values as zero.
+
+    Returns:
+      A ScaledArray, or (ScaledArray, amax).
+
+    Raises:
+      TypeError: for dtypes other than the above.
+      ValueError: for an unknown granularity or implementation, a rank without such blocks, or a
+        scale that does not fit.
+      NotImplementedError: under differentiation, or for an ``x`` that is sharded over an
+        explicit mesh.
+
+    >>> import jax.numpy as jnp, jax_fp8
+    >>> xq = jax_fp8.quantize(jnp.array([[1.0, -3.5]]))
+    >>> float(xq.scale[0, 0]), jax_fp8.dequantize(xq).tolist()
+    (0.0078125, [[1.0, -3.5]])
+    """
+    x = jnp.asarray(x)
+    if x.dtype not in WIDE_DTYPES:
+        raise TypeError(f"quantize: x must be float32, bfloat16 or float16, got {x.dtype}{x.shape}")
+    dtype = check_fp8_dtype("quantize", "dtype", dtype)
+    granularity = check_granularity("quantize", granularity)
+    check_rank("quantize", "x", x.ndim, granularity)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"quantize: unknown implementation {implementation!r}; accepted are {IMPLEMENTATIONS}"
+        )
+    config = QuantizeConfig(dtype, granularity, scale is not None, return_amax, implementation)
+    if scale is None:  # a placeholder, so that there is one signature to batch and partition
+        given = jnp.zeros((), jnp.float32)
+    else:
+        given = _static_scale(scale, x.shape, granularity)
+    data, new_scale, amax = _operation(config)(x, given)
+    quantized = ScaledArray(data, new_scale, granularity)
+    return (quantized, amax) if return_amax else quantized
+
+
+def dequantize(x: ScaledArray, dtype: Any = jnp.float32) -> jax.Array:
+    """The values ``data * scale``, multiplied in float32 and rounded to ``dtype``.
+
+    Args:
+      x: a ScaledArray of any granularity.
+      dtype: float32, bfloat16 or float16.
+
+    Returns:
+      An array of ``x``'s shape.
+
+    Raises:
+      TypeError: when ``x`` is no ScaledArray or ``dtype`` is none of these.
+      ValueError: when the scale does not fit the data.
+    """
+    check_scaled_array("dequantize", "x", x)
+    if jnp.dtype(dtype) not in WIDE_DTYPES:
+        raise TypeError(f"dequantize: dtype must be float32, bfloat16 or float16, got {dtype}")
+    values = x.data.astype(jnp.float32) * expand_scale(x.scale, x.shape, x.granularity)
+    return values.astype(dtype)

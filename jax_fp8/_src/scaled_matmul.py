@@ -1,0 +1,446 @@
+"""scaled_matmul: the product of two ScaledArrays; and matmul, with wide activations, on top."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_fp8._src import ffi, plans
+from jax_fp8._src.partition import partition
+from jax_fp8._src.quantize import WIDE_DTYPES, absolute_max, inverse, quantize, round_saturate
+from jax_fp8._src.recipe import Recipe, get_recipe
+from jax_fp8._src.scaled_array import (
+    BLOCK,
+    FP8_DTYPES,
+    Granularity,
+    ScaledArray,
+    block_shape,
+    check_fp8_dtype,
+    check_granularity,
+    check_scaled_array,
+    expand_scale,
+    scale_shape,
+)
+
+IMPLEMENTATIONS = (None, "cublaslt", "decode", "naive", "xla")
+ACTIVATIONS = (None, "relu", "gelu")
+_FAST = {
+    None: True,
+    "default": True,
+    "fastest": True,
+    "high": False,
+    "float32": False,
+    "highest": False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CallConfig:
+    """The static part of a product: everything but the arrays."""
+
+    out_dtype: jnp.dtype
+    x_granularity: Granularity
+    w_granularity: Granularity
+    activation: str | None
+    fast: bool
+    implementation: str | None
+    #: Pretends this compute capability (as 90 for 9.0) when not 0. For tests alone.
+    capability: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Folded:
+    """An operand as the handlers take it: (B, rows, K) and its scale of the same rank."""
+
+    data: jax.Array
+    scale: jax.Array
+    granularity: Granularity
+
+
+def _fold(x: ScaledArray, batch: tuple[int, ...]) -> _Folded:
+    """Folds ``x`` of ``(*batch, ..., R, K)`` to ``(prod(batch), rows, K)``.
+
+    Axes between ``batch`` and K become rows. Their scales are brought to a form that states the
+    same values and that a kernel can index: one scale for each batch entry, row or block.
+    """
+    *leading, columns = x.shape
+    count = math.prod(batch)
+    inner = leading[len(batch) :]
+    rows = math.prod(inner)
+    scale, granularity = x.scale, x.granularity
+    if granularity == "tensor" and scale.size > 1:
+        if all(size == 1 for size in scale.shape[len(batch) :]):
+            # Stacked arrays, each with one scale.
+            scale = jnp.broadcast_to(scale, (*batch, *(1,) * (len(inner) + 1)))
+        else:
+            scale, granularity = jnp.broadcast_to(scale, (*leading, 1)), "row"
+    elif granularity == (BLOCK, BLOCK) and len(inner) > 1 and inner[-1] % BLOCK:
+        # Blocks that end inside the folded rows: state each row's scales instead.
+        scale = jnp.repeat(scale, BLOCK, axis=-2)[..., : inner[-1], :]
+        granularity = (1, BLOCK)
+    if granularity == "tensor":
+        shape: tuple[int, ...] = (scale.size, 1, 1)
+    else:
+        shape = scale_shape((count, rows, columns), granularity)
+    return _Folded(x.data.reshape(count, rows, columns), scale.reshape(shape), granularity)
+
+
+def _activate(y: jax.Array, activation: str | None) -> jax.Array:
+    """None, relu, or gelu in its tanh approximation; NaN stays NaN."""
+    if activation == "relu":
+        return jax.nn.relu(y)
+    if activation == "gelu":
+        return jax.nn.gelu(y, approximate=True)
+    return y
+
+
+def _reference(
+    config: CallConfig,
+    x: jax.Array,
+    x_scale: jax.Array,
+    w: jax.Array,
+    w_scale: jax.Array,
+    bias: jax.Array,
+    inverse_out_scale: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The definition in plain JAX, in float32: the oracle of the tests, and what the CPU runs."""
+    wide_x = x.astype(jnp.float32) * expand_scale(x_scale, x.shape, config.x_granularity)
+    wide_w = w.astype(jnp.float32) * expand_scale(w_scale, w.shape, config.w_granularity)
+    y = lax.dot_general(
+        wide_x, wide_w, (((2,), (2,)), ((0,), (0,))), precision=lax.Precision.HIGHEST
+    )
+    if bias.size:
+        y = y + bias.astype(jnp.float32)
+    y = _activate(y, config.activation)
+    if config.out_dtype in FP8_DTYPES:
+        amax = absolute_max(y).reshape(inverse_out_scale.shape)
+        return round_saturate(y, inverse_out_scale, config.out_dtype), amax
+    return y.astype(config.out_dtype), jnp.zeros((0,), jnp.float32)
+
+
+def _pad(array: jax.Array, rows: int, columns: int) -> jax.Array:
+    """Appends zeros to (B, R, C) until R and C are multiples of ``rows`` and ``columns``."""
+    add = [(0, 0), (0, -array.shape[1] % rows), (0, -array.shape[2] % columns)]
+    return jnp.pad(array, add) if any(more for _, more in add) else array
+
+
+def _kernel(config: CallConfig, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The handler. What cublasLt wants of N and K is static, so it is settled here, by padding.
+
+    cublasLt reads K in steps of 16 bytes and writes rows of D that start at multiples of 16
+    bytes. Zeros appended to K add nothing to the sums; columns appended to N are cut off again.
+    """
+    x, x_scale, w, w_scale, bias, inverse_out_scale = operands
+    n = w.shape[1]
+    cublaslt = config.implementation in (None, "cublaslt")
+    if cublaslt and 0 not in (x.shape[1], n, x.shape[2]):
+        align_n = 16 // config.out_dtype.itemsize
+        x, w = _pad(x, 1, 16), _pad(w, align_n, 16)
+        added = w.shape[1] - n
+        if added and bias.size:
+            bias = jnp.pad(bias, (0, added))
+        if added and config.w_granularity == "row":
+            w_scale = jnp.pad(w_scale, ((0, 0), (0, added), (0, 0)))
+        elif added and config.w_granularity == (1, BLOCK):
+            w_scale = jnp.pad(w_scale, ((0, 0), (0, added), (0, 0)))
+    data, amax, _ = ffi.scaled_matmul(
+        (x, x_scale, w, w_scale, bias, inverse_out_scale),
+        out_dtype=config.out_dtype,
+        blocks=(block_shape(config.x_granularity), block_shape(config.w_granularity)),
+        activation=config.activation or "none",
+        fast=config.fast,
+        implementation=config.implementation or "",
+        capability=config.capability,
+        workspace=cublaslt,
+    )
+    return data[..., :n], amax
+
+
+def _xla(config: CallConfig, *operands: jax.Array) -> Any:
+    x, _, w, *_ = operands
+    plans.record_traced(
+        "scaled_matmul",
+        platform="any" if config.implementation == "xla" else "cpu",
+        shape=(x.shape[0], x.shape[1], w.shape[1], x.shape[2]),
+        dtypes=(x.dtype.name, w.dtype.name, config.out_dtype.name),
+        granularity=(config.x_granularity, config.w_granularity),
+    )
+    return _reference(config, *operands)
+
+
+def _local(config: CallConfig, *operands: jax.Array) -> Any:
+    """Runs on the operands of one device, whatever mesh they came from."""
+    xla, kernel = functools.partial(_xla, config), functools.partial(_kernel, config)
+    if config.implementation == "xla":
+        return xla(*operands)
+    if config.implementation is None:
+        return lax.platform_dependent(*operands, cpu=xla, cuda=kernel)
+    return kernel(*operands)
+
+
+@functools.lru_cache(maxsize=None)
+def _operation(config: CallConfig) -> Any:
+    """custom_vjp -> custom_vmap -> partition -> platform, for one configuration."""
+    batched = jax.custom_batching.custom_vmap(
+        partition("scaled_matmul", functools.partial(_local, config))
+    )
+
+    @batched.def_vmap
+    def _vmap(axis_size: int, in_batched: list[bool], *operands: jax.Array) -> Any:
+        raise NotImplementedError(
+            "scaled_matmul: jax.vmap is not supported in this version; put the batch into the"
+            " leading axes of x, or of both x and w"
+        )
+
+    differentiable = jax.custom_vjp(batched)
+
+    def forward(*operands: jax.Array) -> Any:
+        raise NotImplementedError(
+            "scaled_matmul, matmul: differentiation is not supported in this version"
+        )
+
+    differentiable.defvjp(forward, lambda residuals, cotangents: cotangents)
+    return jax.jit(differentiable, inline=True)
+
+
+def _precision_is_fast(op: str, precision: Any) -> bool:
+    name = precision.name.lower() if isinstance(precision, lax.Precision) else precision
+    if isinstance(name, str):
+        name = name.lower()
+    if name not in _FAST:
+        accepted = "None, DEFAULT, HIGH or HIGHEST"
+        raise ValueError(f"{op}: unknown precision {precision!r}; accepted are {accepted}")
+    return _FAST[name]
+
+
+def _check_shapes(op: str, x: ScaledArray, w: ScaledArray) -> tuple[int, ...]:
+    """Returns the batch shape, or raises a ValueError that names both shapes."""
+    shapes = f"x {x.shape} and w {w.shape}"
+    if x.ndim < 1 or w.ndim < 2:
+        raise ValueError(
+            f"{op}: needs x of rank >= 1 and w of rank >= 2, (..., M, K) and (N, K); got {shapes}"
+        )
+    if x.shape[-1] != w.shape[-1]:
+        raise ValueError(
+            f"{op}: contracts the last axis of both operands, (..., M, K) and (N, K); got {shapes}"
+        )
+    batch = w.shape[:-2]
+    if batch and x.shape[:-2] != batch:
+        raise ValueError(f"{op}: leading batch axes must be the same on both sides; got {shapes}")
+    return batch
+
+
+def _check_bias(op: str, bias: Any, n: int) -> jax.Array:
+    if bias is None:
+        return jnp.zeros((0,), jnp.float32)
+    bias = jnp.asarray(bias)
+    if bias.dtype not in WIDE_DTYPES:
+        raise TypeError(f"{op}: bias must be float32, bfloat16 or float16, got {bias.dtype}")
+    if bias.shape != (n,):
+        raise ValueError(f"{op}: bias must have the shape (N,) = ({n},), got {bias.shape}")
+    return bias
+
+
+def _check_supported(op: str, config: CallConfig, x: ScaledArray, w: ScaledArray) -> None:
+    """Refuses what a named implementation cannot do whatever the device."""
+    if config.implementation != "cublaslt":
+        return
+    reason = None
+    if x.dtype == w.dtype == jnp.float8_e5m2:
+        reason = "cublasLt has no product of E5M2 with E5M2"
+    elif isinstance(config.x_granularity, tuple) or isinstance(config.w_granularity, tuple):
+        reason = "products of block-scaled operands run as 'decode' or 'naive' in this version"
+    if reason:
+        raise NotImplementedError(
+            f"{op}: implementation 'cublaslt' cannot multiply x {x.dtype.name}{x.shape} with"
+            f" granularity {x.granularity!r} by w {w.dtype.name}{w.shape} with granularity"
+            f" {w.granularity!r}: {reason}"
+        )
+
+
+def scaled_matmul(
+    x: ScaledArray,
+    w: ScaledArray,
+    *,
+    bias: Any = None,
+    activation: str | None = None,
+    preferred_element_type: Any = jnp.bfloat16,
+    precision: Any = None,
+    output_scale: Any = None,
+    return_amax: bool = False,
+    implementation: str | None = None,
+) -> Any:
+    """Multiplies two ScaledArrays: ``activation(x @ w.T + bias)``, accumulated in float32.
+
+    Args:
+      x: ``(..., M, K)``, E4M3 or E5M2, of any granularity.
+      w: ``(N, K)``, or ``(*batch, N, K)`` for an ``x`` of ``(*batch, M, K)``; likewise.
+      bias: ``(N,)`` float32, bfloat16 or float16, or None. Added in float32. In the output's
+        16-bit type (bfloat16 for float32 output) it costs nothing; otherwise the GEMM goes
+        through a second kernel on a GPU.
+      activation: None, ``"relu"`` or ``"gelu"`` (the tanh approximation).
+      preferred_element_type: of the result: bfloat16, float16, float32, or an FP8 type.
+      precision: None and DEFAULT accumulate fast, in the tensor cores' own accumulator, whose
+        error grows with K; HIGH and HIGHEST promote the sums to float32. It is read by Ada and
+        Hopper GPUs; elsewhere sums are always precise.
+      output_scale: the float32 scalar ``s`` for FP8 output, whose data is the result divided by
+        ``s``. Needed for an FP8 result and for no other.
+      return_amax: also return the amax of an FP8 result before it is divided and rounded.
+      implementation: ``"cublaslt"``, ``"decode"`` (16-bit tensor cores), ``"naive"``, ``"xla"``,
+        or None for the best that the device and the shapes support. A named one runs or raises.
+
+    Returns:
+      ``(..., M, N)`` of ``preferred_element_type``, a ScaledArray (granularity ``"tensor"``) for
+      FP8; with ``return_amax`` also the float32 amax, a scalar.
+
+    Raises:
+      TypeError: for operands that are no ScaledArrays, or unsupported dtypes.
+      ValueError: for shapes, scales or options that do not fit.
+      NotImplementedError: for what the named implementation cannot do on any device, under
+        differentiation or ``jax.vmap``, or for operands sharded over an explicit mesh.
+      jax.errors.JaxRuntimeError: for what the named implementation cannot do on this device.
+
+    >>> import jax.numpy as jnp, jax_fp8
+    >>> x = jax_fp8.quantize(jnp.ones((2, 16)))
+    >>> w = jax_fp8.quantize(2 * jnp.ones((3, 16)))
+    >>> jax_fp8.scaled_matmul(x, w, activation="relu").tolist()
+    [[32.0, 32.0, 32.0], [32.0, 32.0, 32.0]]
+    """
+    op = "scaled_matmul"
+    check_scaled_array(op, "x", x)
+    check_scaled_array(op, "w", w)
+    batch = _check_shapes(op, x, w)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: unknown activation {activation!r}; accepted are {ACTIVATIONS}")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{op}: unknown implementation {implementation!r}; accepted are {IMPLEMENTATIONS}"
+        )
+    out_dtype = jnp.dtype(preferred_element_type)
+    is_fp8 = out_dtype in FP8_DTYPES
+    if out_dtype not in (*WIDE_DTYPES, *FP8_DTYPES):
+        raise TypeError(
+            f"{op}: preferred_element_type must be float32, bfloat16, float16, float8_e4m3fn or"
+            f" float8_e5m2, got {out_dtype.name}"
+        )
+    if is_fp8 != (output_scale is not None):
+        raise ValueError(
+            f"{op}: output_scale goes with an FP8 preferred_element_type and with no other;"
+            f" got {out_dtype.name} and output_scale {'given' if output_scale is not None else None}"
+        )
+    if return_amax and not is_fp8:
+        raise ValueError(f"{op}: return_amax needs an FP8 result, got {out_dtype.name}")
+    bias = _check_bias(op, bias, w.shape[-2])
+    inverse_out_scale = jnp.zeros((0,), jnp.float32)
+    if is_fp8:
+        output_scale = jnp.asarray(output_scale, jnp.float32)
+        if output_scale.size != 1:
+            raise ValueError(f"{op}: output_scale must be a scalar, got {output_scale.shape}")
+        inverse_out_scale = inverse(output_scale).reshape(1)
+
+    folded_x, folded_w = _fold(x, batch), _fold(w, batch)
+    config = CallConfig(
+        out_dtype=out_dtype,
+        x_granularity=folded_x.granularity,
+        w_granularity=folded_w.granularity,
+        activation=activation,
+        fast=_precision_is_fast(op, precision),
+        implementation=implementation,
+        capability=_forced_capability,
+    )
+    _check_supported(op, config, x, w)
+    data, amax = _operation(config)(
+        folded_x.data, folded_x.scale, folded_w.data, folded_w.scale, bias, inverse_out_scale
+    )
+    data = data.reshape(*x.shape[:-1], w.shape[-2])
+    if not is_fp8:
+        return data
+    result = ScaledArray(data, output_scale.reshape((1,) * data.ndim), "tensor")
+    return (result, amax.reshape(())) if return_amax else result
+
+
+#: The compute capability that calls pretend (as 89 for 8.9), 0 for the device's own. Tests set
+#: it to run the branches of other GPUs; it is part of the configuration, never of a cache.
+_forced_capability = 0
+
+
+def matmul(
+    x: Any,
+    w: ScaledArray,
+    *,
+    granularity: Granularity | None = None,
+    recipe: str | Recipe = "tensorwise",
+    scale: Any = None,
+    dtype: Any = None,
+    bias: Any = None,
+    activation: str | None = None,
+    preferred_element_type: Any = None,
+    precision: Any = None,
+    output_scale: Any = None,
+    return_amax: bool = False,
+    implementation: str | None = None,
+) -> Any:
+    """Multiplies wide activations by FP8 weights: ``quantize(x)``, then ``scaled_matmul``.
+
+    Args:
+      x: ``(..., M, K)``; float32, bfloat16 or float16.
+      w: a ScaledArray of ``(N, K)``, or ``(*batch, N, K)`` with ``x`` of ``(*batch, M, K)``.
+      granularity: of ``x``'s scales; None takes what ``recipe`` says for activations.
+      recipe: ``"tensorwise"``, ``"rowwise"``, ``"blockwise"`` or a ``Recipe``.
+      scale: the static scale of ``x``; None takes it from ``x``.
+      dtype: of the quantized ``x``; None takes what ``recipe`` says.
+      preferred_element_type: of the result; None takes ``x``'s dtype.
+      bias, activation, precision, output_scale, return_amax, implementation: as in
+        ``scaled_matmul``; an implementation other than None and ``"xla"`` is that of the product.
+
+    Returns:
+      As ``scaled_matmul``.
+
+    Raises:
+      TypeError: when ``w`` is no ScaledArray; use ``jax.numpy`` or ``jax.lax`` for two wide
+        arrays. Otherwise as ``quantize`` and ``scaled_matmul``.
+
+    >>> import jax.numpy as jnp, jax_fp8
+    >>> w = jax_fp8.quantize(jnp.ones((3, 16)), granularity="row")
+    >>> jax_fp8.matmul(jnp.ones((2, 16)), w, granularity="row").tolist()
+    [[16.0, 16.0, 16.0], [16.0, 16.0, 16.0]]
+    """
+    op = "matmul"
+    if isinstance(x, ScaledArray):
+        raise TypeError(f"{op}: x is a ScaledArray already; use jax_fp8.scaled_matmul")
+    if not isinstance(w, ScaledArray):
+        raise TypeError(
+            f"{op}: w must be a jax_fp8.ScaledArray of shape (N, K), got {type(w).__name__}"
+            f"{getattr(w, 'shape', '')}: quantize it with jax_fp8.quantize, K last; for two wide"
+            " arrays use jnp.matmul, jnp.einsum or lax.dot_general"
+        )
+    x = jnp.asarray(x)
+    if x.dtype not in WIDE_DTYPES:
+        raise TypeError(f"{op}: x must be float32, bfloat16 or float16, got {x.dtype}{x.shape}")
+    operand = get_recipe(op, recipe).activation
+    xq = quantize(
+        x,
+        dtype=operand.dtype if dtype is None else check_fp8_dtype(op, "dtype", dtype),
+        granularity=operand.granularity
+        if granularity is None
+        else check_granularity(op, granularity),
+        scale=scale,
+        implementation="xla" if implementation == "xla" else None,
+    )
+    return scaled_matmul(
+        xq,
+        w,
+        bias=bias,
+        activation=activation,
+        preferred_element_type=x.dtype if preferred_element_type is None else preferred_element_type,
+        precision=precision,
+        output_scale=output_scale,
+        return_amax=return_amax,
+        implementation=implementation,
+    )
