@@ -30,12 +30,23 @@ xffi::Error invalid(const Parts&... parts) {
 
 inline bool to_type(xffi::DataType dtype, Type* type) {
   switch (dtype) {
-    case xffi::DataType::F32: *type = Type::kF32; return true;
-    case xffi::DataType::BF16: *type = Type::kBF16; return true;
-    case xffi::DataType::F16: *type = Type::kF16; return true;
-    case xffi::DataType::F8E4M3FN: *type = Type::kE4M3; return true;
-    case xffi::DataType::F8E5M2: *type = Type::kE5M2; return true;
-    default: return false;
+    case xffi::DataType::F32:
+      *type = Type::kF32;
+      return true;
+    case xffi::DataType::BF16:
+      *type = Type::kBF16;
+      return true;
+    case xffi::DataType::F16:
+      *type = Type::kF16;
+      return true;
+    case xffi::DataType::F8E4M3FN:
+      *type = Type::kE4M3;
+      return true;
+    case xffi::DataType::F8E5M2:
+      *type = Type::kE5M2;
+      return true;
+    default:
+      return false;
   }
 }
 

@@ -1,208 +1,19 @@
+// How a product becomes GEMMs of cublasLt, and which kernels run around them.
 #include "ffi/cublaslt.h"
 
 #include <algorithm>
-#include <map>
-#include <memory>
-#include <mutex>
-#include <tuple>
-#include <utility>
 
 #include "ffi/cublaslt_library.h"
+#include "ffi/cublaslt_plan.h"
 #include "ffi/epilogue.h"
 #include "ffi/naive.h"
 
 namespace jax_fp8::lt {
 namespace {
 
-constexpr int kCandidates = 8;
 constexpr int64_t kMiB = int64_t{1} << 20;
 
-int lt_type(Type type) {
-  switch (type) {
-    case Type::kF32: return kTypeF32;
-    case Type::kBF16: return kTypeBF16;
-    case Type::kF16: return kTypeF16;
-    case Type::kE4M3: return kTypeE4M3;
-    case Type::kE5M2: return kTypeE5M2;
-  }
-  return -1;
-}
-
 int64_t align_up(int64_t value, int64_t to) { return ceil_div(value, to) * to; }
-
-// Largest power of two up to 256 that divides an address.
-int alignment_of(const void* pointer) {
-  const auto address = reinterpret_cast<uintptr_t>(pointer) | 256;
-  return static_cast<int>(address & -address);
-}
-
-// --- Plans: one for each problem that cublasLt can tell apart -------------------------------------
-
-// In cublasLt's column-major terms D is (n, m) = W^T-transposed (k, n) by X (k, m): W is its A, X
-// its B. That is the TN form, the only one that Ada and Hopper have in FP8.
-struct Key {
-  int device;
-  int64_t batch, m, n, k;
-  Type x, w, d;
-  int bias;  // lt type, -1 without one.
-  Activation activation;
-  bool vectors;  // A scale for each row of both operands.
-  bool out_scale;
-  bool fast;
-  int x_alignment, w_alignment, d_alignment;
-  int64_t workspace;
-
-  auto tie() const {
-    return std::tie(device, batch, m, n, k, x, w, d, bias, activation, vectors, out_scale, fast,
-                    x_alignment, w_alignment, d_alignment, workspace);
-  }
-  bool operator<(const Key& other) const { return tie() < other.tie(); }
-};
-
-struct Plan {
-  std::mutex mutex;  // Of the descriptor, which carries the pointers of a call.
-  MatmulDesc desc = nullptr;
-  Layout w = nullptr, x = nullptr, d = nullptr, c = nullptr;
-  Algo algo{};
-  int64_t workspace = 0;
-  std::string algorithm;
-  std::string refusal;  // Why there is no algorithm; empty when there is one.
-};
-
-// Splitting K unevenly gave wrong results (releases 12.6.3 to 13.4).
-bool split_is_safe(const Api& api, const Algo& algo, int64_t k) {
-  int32_t split = 0;
-  size_t written = 0;
-  api.MatmulAlgoConfigGetAttribute(&algo, kAlgoSplitK, &split, sizeof split, &written);
-  const size_t version = api.GetVersion();
-  const bool affected = version >= 120603 && version < 130500;
-  return !affected || split <= 1 || k % (int64_t{split} * 16) == 0;
-}
-
-std::string describe(const Api& api, const Algo& algo) {
-  const auto get = [&](int attribute) {
-    int64_t value = 0;  // The attributes are of 2 and 4 bytes.
-    size_t written = 0;
-    if (api.MatmulAlgoConfigGetAttribute(&algo, attribute, &value, 4, &written) != kSuccess) {
-      api.MatmulAlgoConfigGetAttribute(&algo, attribute, &value, 2, &written);
-    }
-    return std::to_string(value);
-  };
-  return "id " + get(kAlgoId) + ", tile " + get(kAlgoTile) + ", stages " + get(kAlgoStages) +
-         ", cluster " + get(kAlgoCluster) + ", split-k " + get(kAlgoSplitK);
-}
-
-template <typename T>
-Status set(const Api& api, MatmulDesc desc, DescAttribute attribute, T value) {
-  return api.MatmulDescSetAttribute(desc, attribute, &value, sizeof value);
-}
-
-Layout make_layout(const Api& api, Type type, int64_t rows, int64_t cols, int64_t batch,
-                   int64_t stride, Status* status) {
-  Layout layout = nullptr;
-  *status |= api.MatrixLayoutCreate(&layout, lt_type(type), rows, cols, rows);
-  if (batch > 1 && *status == kSuccess) {
-    const auto count = static_cast<int32_t>(batch);
-    *status |= api.MatrixLayoutSetAttribute(layout, kLayoutBatchCount, &count, sizeof count);
-    *status |= api.MatrixLayoutSetAttribute(layout, kLayoutBatchStride, &stride, sizeof stride);
-  }
-  return layout;
-}
-
-// Statuses are or-ed: any that is not kSuccess (0) shows.
-void make_plan(const Api& api, Handle handle, const Key& key, Plan* plan) {
-  Status status = api.MatmulDescCreate(&plan->desc, kComputeF32, kTypeF32);
-  if (status == kSuccess) {
-    status |= set(api, plan->desc, kDescTransA, kOpT);
-    status |= set(api, plan->desc, kDescFastAccum, static_cast<int8_t>(key.fast));
-    uint32_t epilogue = key.activation == Activation::kRelu   ? kEpilogueRelu
-                        : key.activation == Activation::kGelu ? kEpilogueGelu
-                                                              : 0;
-    if (key.bias >= 0) {
-      epilogue |= kEpilogueBias;
-      status |= set(api, plan->desc, kDescBiasDataType, static_cast<int32_t>(key.bias));
-    }
-    status |= set(api, plan->desc, kDescEpilogue, epilogue ? epilogue : kEpilogueDefault);
-    if (key.vectors) {
-      status |= set(api, plan->desc, kDescAScaleMode, kScaleOuterVec);
-      status |= set(api, plan->desc, kDescBScaleMode, kScaleOuterVec);
-    }
-  }
-  plan->w = make_layout(api, key.w, key.k, key.n, key.batch, key.k * key.n, &status);
-  plan->x = make_layout(api, key.x, key.k, key.m, key.batch, key.k * key.m, &status);
-  plan->d = make_layout(api, key.d, key.n, key.m, key.batch, key.n * key.m, &status);
-  // C is not read, but its type must be one that goes with an FP8 D.
-  plan->c = make_layout(api, is_fp8(key.d) ? Type::kBF16 : key.d, key.n, key.m, key.batch,
-                        key.n * key.m, &status);
-  Preference preference = nullptr;
-  status |= api.MatmulPreferenceCreate(&preference);
-  if (status != kSuccess) {
-    plan->refusal = std::string("cublasLt refuses the description: ") + api.GetStatusString(status);
-    return;
-  }
-  const auto prefer = [&](PreferenceAttribute attribute, auto value) {
-    status |= api.MatmulPreferenceSetAttribute(preference, attribute, &value, sizeof value);
-  };
-  prefer(kPrefMaxWorkspace, static_cast<uint64_t>(key.workspace));
-  prefer(kPrefMinAlignmentA, static_cast<uint32_t>(key.w_alignment));
-  prefer(kPrefMinAlignmentB, static_cast<uint32_t>(key.x_alignment));
-  prefer(kPrefMinAlignmentC, static_cast<uint32_t>(key.d_alignment));
-  prefer(kPrefMinAlignmentD, static_cast<uint32_t>(key.d_alignment));
-
-  HeuristicResult found[kCandidates];
-  int count = 0;
-  if (status == kSuccess) {
-    status = api.MatmulAlgoGetHeuristic(handle, plan->desc, plan->w, plan->x, plan->c, plan->d,
-                                        preference, kCandidates, found, &count);
-  }
-  api.MatmulPreferenceDestroy(preference);
-  for (int i = 0; i < count && status == kSuccess; ++i) {
-    if (found[i].state != kSuccess || !split_is_safe(api, found[i].algo, key.k)) continue;
-    plan->algo = found[i].algo;
-    plan->workspace = static_cast<int64_t>(found[i].workspace_size);
-    plan->algorithm = describe(api, found[i].algo);
-    return;
-  }
-  plan->refusal = "cublasLt " + version_string(api.GetVersion()) + " has no algorithm for it" +
-                  (status == kSuccess ? "" : std::string(": ") + api.GetStatusString(status));
-}
-
-// Handles and plans live as long as the process: at its end the driver may be gone before them.
-struct Cache {
-  std::mutex mutex;
-  std::map<int, Handle> handles;
-  std::map<Key, std::unique_ptr<Plan>> plans;
-};
-
-Cache& cache() {
-  static Cache* const instance = new Cache;
-  return *instance;
-}
-
-// The plan of `key`, made now if need be; null with the reason where that may not happen.
-Plan* find_plan(const Api& api, const Key& key, cudaStream_t stream, std::string* reason) {
-  const std::lock_guard lock(cache().mutex);
-  std::unique_ptr<Plan>& plan = cache().plans[key];
-  if (plan != nullptr) return plan.get();
-  cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
-  if (cudaStreamIsCapturing(stream, &capturing) != cudaSuccess ||
-      capturing != cudaStreamCaptureStatusNone) {
-    *reason = "its plan was not made before a graph was captured";
-    return nullptr;
-  }
-  Handle& handle = cache().handles[key.device];
-  if (handle == nullptr) {
-    if (const Status status = api.Create(&handle); status != kSuccess) {
-      *reason = std::string("cublasLtCreate: ") + api.GetStatusString(status);
-      return nullptr;
-    }
-  }
-  plan = std::make_unique<Plan>();
-  make_plan(api, handle, key, plan.get());
-  return plan.get();
-}
-
-// --- Routes: how a product becomes calls ----------------------------------------------------------
 
 struct Route {
   bool raw = false;      // Unscaled float32 sums into the workspace, then the finish kernel.
@@ -212,22 +23,8 @@ struct Route {
   int64_t x_scale = 0, w_scale = 0, sums = 0, gemm = 0, gemm_size = 0;
 };
 
-// What one GEMM points to.
-struct Pointers {
-  const void* x;
-  const void* w;
-  void* d;
-  const float* x_scale;
-  const float* w_scale;
-  const void* bias;
-  const float* out_scale;
-  float* amax;
-};
-
 // Rows and matrices whose elements 32-bit offsets can count: cublasLt 12.6.2 to 13.1 needs that.
-int64_t offset_limit(const Api& api) {
-  return api.GetVersion() < 130200 ? INT32_MAX : INT64_MAX;
-}
+int64_t offset_limit(const Api& api) { return api.GetVersion() < 130200 ? INT32_MAX : INT64_MAX; }
 
 bool is_16_byte_aligned(const void* pointer) { return alignment_of(pointer) >= 16; }
 
@@ -248,8 +45,7 @@ std::string refuse(const Api& api, const Call& call) {
     return "an operand does not start at a multiple of 16 bytes";
   }
   if (p.n * p.k > offset_limit(api)) {
-    return "w has more elements than cublasLt " + version_string(api.GetVersion()) +
-           " can address";
+    return "w has more elements than cublasLt " + version_string(api.GetVersion()) + " can address";
   }
   return "";
 }
@@ -258,10 +54,9 @@ bool can_run_directly(const Product& p) {
   const int64_t row_bytes = p.n * byte_width(p.d_type);
   const Type bias_type = p.d_type == Type::kF16 ? Type::kF16 : Type::kBF16;
   const bool bias = p.bias == nullptr || (p.bias_type == bias_type && is_16_byte_aligned(p.bias));
-  const bool output = !is_fp8(p.d_type) ||
-                      (p.x.per_tensor() && p.w.per_tensor() && p.batch == 1 &&
-                       is_16_byte_aligned(p.inverse_out_scale) &&
-                       (p.d_type == Type::kE4M3 || p.x.type != p.w.type));
+  const bool output = !is_fp8(p.d_type) || (p.x.per_tensor() && p.w.per_tensor() && p.batch == 1 &&
+                                            is_16_byte_aligned(p.inverse_out_scale) &&
+                                            (p.d_type == Type::kE4M3 || p.x.type != p.w.type));
   const bool shared = p.batch == 1 || (p.x.per_tensor() && p.w.per_tensor() &&
                                        p.x.scale_batch == 0 && p.w.scale_batch == 0);
   return row_bytes % 16 == 0 && is_16_byte_aligned(p.d) && bias && output && shared;
@@ -317,9 +112,10 @@ std::string plan_route(const Api& api, const Call& call, bool raw, Route* route)
   return route->gemm_size < 0 ? "its scales do not fit into the workspace" : "";
 }
 
-Key make_key(const Call& call, const Route& route, const Pointers& at, int64_t batch, int64_t m) {
+Problem make_problem(const Call& call, const Route& route, const Pointers& at, int64_t batch,
+                     int64_t m) {
   const Product& p = *call.product;
-  Key key{};
+  Problem key{};
   key.device = call.device;
   key.batch = batch;
   key.m = m;
@@ -328,9 +124,11 @@ Key make_key(const Call& call, const Route& route, const Pointers& at, int64_t b
   key.x = p.x.type;
   key.w = p.w.type;
   key.d = route.raw ? Type::kF32 : p.d_type;
-  key.bias = route.raw || p.bias == nullptr ? -1 : lt_type(p.bias_type);
+  key.has_bias = at.bias != nullptr;
+  key.bias = p.bias_type;
   key.activation = route.raw ? Activation::kNone : p.activation;
   key.vectors = route.vectors;
+  key.scaled = at.x_scale != nullptr;
   key.out_scale = at.out_scale != nullptr;
   key.fast = p.fast;
   key.x_alignment = alignment_of(at.x);
@@ -385,9 +183,9 @@ Result prepare_route(const Api& api, const Call& call, const Route& route) {
       [&](int64_t, int64_t count_b, int64_t, int64_t rows, const Pointers& at) -> Result {
         std::string reason;
         const Plan* plan =
-            find_plan(api, make_key(call, route, at, count_b, rows), call.stream, &reason);
+            find_plan(api, make_problem(call, route, at, count_b, rows), at, call.stream, &reason);
         if (plan == nullptr) return failed(reason);
-        if (!plan->refusal.empty()) return {Outcome::kUnsupported, plan->refusal};
+        if (!refusal(*plan).empty()) return {Outcome::kUnsupported, refusal(*plan)};
         return {Outcome::kDone, ""};
       });
 }
@@ -409,36 +207,6 @@ Result choose_route(const Api& api, const Call& call, Route* route) {
   return {Outcome::kUnsupported, reason};
 }
 
-Result multiply(const Api& api, const Call& call, const Route& route, Plan* plan,
-                const Pointers& at) {
-  const float one = 1.0f, zero = 0.0f;
-  Status status = kSuccess;
-  const std::lock_guard lock(plan->mutex);
-  const auto point = [&](DescAttribute attribute, const void* pointer) {
-    if (pointer != nullptr) status |= set(api, plan->desc, attribute, pointer);
-  };
-  point(kDescAScalePointer, at.w_scale);
-  point(kDescBScalePointer, at.x_scale);
-  point(kDescBiasPointer, at.bias);
-  point(kDescDScalePointer, at.out_scale);
-  point(kDescAmaxDPointer, at.amax);
-  if (status == kSuccess) {
-    // Under the lock of the cache no longer than for the look-up; a handle may be shared.
-    Handle handle;
-    {
-      const std::lock_guard cache_lock(cache().mutex);
-      handle = cache().handles[call.device];
-    }
-    status = api.Matmul(handle, plan->desc, &one, at.w, plan->w, at.x, plan->x, &zero, nullptr,
-                        plan->c, at.d, plan->d, &plan->algo,
-                        static_cast<uint8_t*>(call.workspace) + route.gemm,
-                        static_cast<size_t>(route.gemm_size), call.stream);
-  }
-  if (status == kSuccess) return {Outcome::kDone, ""};
-  return failed(std::string("cublasLtMatmul: ") + api.GetStatusString(status) + " (" +
-                plan->algorithm + ")");
-}
-
 Result run_route(const Api& api, const Call& call, const Route& route, Ran* ran) {
   const Product& p = *call.product;
   auto* const workspace = static_cast<uint8_t*>(call.workspace);
@@ -457,14 +225,16 @@ Result run_route(const Api& api, const Call& call, const Route& route, Ran* ran)
       call, route,
       [&](int64_t b, int64_t count_b, int64_t row, int64_t rows, const Pointers& at) -> Result {
         std::string reason;
-        Plan* plan = find_plan(api, make_key(call, route, at, count_b, rows), call.stream, &reason);
+        Plan* plan =
+            find_plan(api, make_problem(call, route, at, count_b, rows), at, call.stream, &reason);
         if (plan == nullptr) return failed(reason);
-        Result done = multiply(api, call, route, plan, at);
-        ran->algorithm = plan->algorithm;
-        ran->workspace = plan->workspace;
-        if (done.outcome != Outcome::kDone || !route.raw) return done;
-        return from_cuda(finish_raw(p, static_cast<const float*>(at.d), b, count_b, row, rows,
-                                    call.stream));
+        reason = multiply(api, plan, at, workspace + route.gemm, call.stream);
+        if (!reason.empty()) return failed(reason);
+        ran->algorithm = algorithm(*plan);
+        ran->workspace = lt::workspace(*plan);
+        if (!route.raw) return {Outcome::kDone, ""};
+        return from_cuda(
+            finish_raw(p, static_cast<const float*>(at.d), b, count_b, row, rows, call.stream));
       });
   if (result.outcome != Outcome::kDone) return result;
   if (route.raw) ran->algorithm += "; float32 sums, finished by a second kernel";
@@ -475,7 +245,8 @@ Result run_route(const Api& api, const Call& call, const Route& route, Ran* ran)
 // The call with its workspace aligned by hand: JAX's buffers need not be.
 Call align_workspace(Call call) {
   const auto address = reinterpret_cast<uintptr_t>(call.workspace);
-  const int64_t skipped = align_up(static_cast<int64_t>(address), 256) - static_cast<int64_t>(address);
+  const int64_t skipped =
+      align_up(static_cast<int64_t>(address), 256) - static_cast<int64_t>(address);
   call.workspace = static_cast<uint8_t*>(call.workspace) + skipped;
   call.workspace_size = (call.workspace_size - skipped) / 256 * 256;
   return call;

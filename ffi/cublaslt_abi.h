@@ -58,6 +58,7 @@ enum LayoutAttribute : int { kLayoutBatchCount = 5, kLayoutBatchStride = 6 };
 // cublasLtMatmulPreferenceAttributes_t
 enum PreferenceAttribute : int {
   kPrefMaxWorkspace = 1,
+  kPrefReductionSchemeMask = 3,
   kPrefMinAlignmentA = 5,
   kPrefMinAlignmentB = 6,
   kPrefMinAlignmentC = 7,
@@ -89,7 +90,8 @@ struct Api {
   Status (*MatmulPreferenceSetAttribute)(Preference, int attribute, const void*, size_t);
   Status (*MatmulAlgoGetHeuristic)(Handle, MatmulDesc, Layout a, Layout b, Layout c, Layout d,
                                    Preference, int requested, HeuristicResult*, int* found);
-  Status (*MatmulAlgoConfigGetAttribute)(const Algo*, int attribute, void*, size_t, size_t* written);
+  Status (*MatmulAlgoConfigGetAttribute)(const Algo*, int attribute, void*, size_t,
+                                         size_t* written);
   Status (*Matmul)(Handle, MatmulDesc, const void* alpha, const void* a, Layout, const void* b,
                    Layout, const void* beta, const void* c, Layout, void* d, Layout, const Algo*,
                    void* workspace, size_t workspace_size, void* stream);

@@ -1,7 +1,4 @@
 #include "ffi/decode.h"
-
-#include <type_traits>
-
 #include "ffi/finish.h"
 
 namespace jax_fp8 {
@@ -23,20 +20,17 @@ struct Chunk {
   uint4 codes;
 };
 
-// Loads the codes of 16 columns from (row, column), zeros outside of the operand.
+// Loads 16 codes, zeros from the `left`-th on.
 template <bool aligned>
-__device__ Chunk load_chunk(const uint8_t* data, int64_t row, int64_t rows, int64_t column,
-                            int64_t columns) {
+__device__ Chunk load_chunk(const uint8_t* source, int64_t left) {
   Chunk chunk{};
-  if (row >= rows) return chunk;
-  const uint8_t* source = data + row * columns + column;
   if constexpr (aligned) {
-    if (column < columns) chunk.codes = *reinterpret_cast<const uint4*>(source);
+    if (left > 0) chunk.codes = *reinterpret_cast<const uint4*>(source);
   } else {
     uint8_t bytes[kChunk] = {};
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      if (column + i < columns) bytes[i] = source[i];
+      if (i < left) bytes[i] = source[i];
     }
     memcpy(&chunk.codes, bytes, sizeof bytes);
   }
@@ -50,14 +44,21 @@ __device__ uint32_t decode_pair(uint32_t codes) {
   return static_cast<uint32_t>(halves.x) | static_cast<uint32_t>(halves.y) << 16;
 }
 
-template <Type type>
-__device__ void store_chunk(const Chunk& chunk, __half* target) {
+// The format is a run-time value: the branch is the same for all threads, and a quarter of the
+// kernels is left to compile.
+__device__ void store_chunk(const Chunk& chunk, Type type, __half* target) {
   const uint32_t words[4] = {chunk.codes.x, chunk.codes.y, chunk.codes.z, chunk.codes.w};
   uint32_t halves[8];
+  if (type == Type::kE4M3) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    halves[2 * i] = decode_pair<type>(words[i] & 0xffffu);
-    halves[2 * i + 1] = decode_pair<type>(words[i] >> 16);
+    for (int i = 0; i < 8; ++i) {
+      halves[i] = decode_pair<Type::kE4M3>(words[i / 2] >> (i % 2 * 16) & 0xffffu);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      halves[i] = decode_pair<Type::kE5M2>(words[i / 2] >> (i % 2 * 16) & 0xffffu);
+    }
   }
   auto* out = reinterpret_cast<uint4*>(target);
   out[0] = make_uint4(halves[0], halves[1], halves[2], halves[3]);
@@ -103,28 +104,47 @@ __device__ int fragment_column(int fragment, int i, int lane) {
   return fragment * 8 + (lane % 4) * 2 + i % 2;
 }
 
+// The scales of the rows and columns that a thread has sums of, as indices of their first block.
+struct ScaleIndices {
+  int64_t x[kFragmentsM * 2], w[kFragmentsN * 2];
+
+  __device__ ScaleIndices(const Product& p, int64_t b, int64_t row0, int64_t column0, int lane) {
+#pragma unroll
+    for (int i = 0; i < kFragmentsM * 2; ++i) {
+      x[i] = p.x.scale_index(b, min(row0 + fragment_row(i / 2, i % 2 * 2, lane), p.m - 1));
+    }
+#pragma unroll
+    for (int i = 0; i < kFragmentsN * 2; ++i) {
+      w[i] = p.w.scale_index(b, min(column0 + fragment_column(i / 2, i % 2, lane), p.n - 1));
+    }
+  }
+};
+
 // total += sums * scales of block `k_block`, and clears the sums.
 __device__ void promote(const Product& p, Sums& total, Sums& sums, int64_t b, int64_t row0,
                         int64_t column0, int64_t k_block, int lane) {
+  const ScaleIndices indices(p, b, row0, column0, lane);
   const int64_t x_block = p.x.block_cols ? k_block : 0, w_block = p.w.block_cols ? k_block : 0;
+  float x[kFragmentsM * 2], w[kFragmentsN * 2];
+#pragma unroll
+  for (int i = 0; i < kFragmentsM * 2; ++i) x[i] = p.x.scale[indices.x[i] + x_block];
+#pragma unroll
+  for (int i = 0; i < kFragmentsN * 2; ++i) w[i] = p.w.scale[indices.w[i] + w_block];
 #pragma unroll
   for (int fm = 0; fm < kFragmentsM; ++fm) {
 #pragma unroll
     for (int fn = 0; fn < kFragmentsN; ++fn) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int64_t m = min(row0 + fragment_row(fm, i, lane), p.m - 1);
-        const int64_t n = min(column0 + fragment_column(fn, i, lane), p.n - 1);
-        total[fm][fn][i] +=
-            sums[fm][fn][i] * (p.x.scale_at(b, m, x_block) * p.w.scale_at(b, n, w_block));
+        total[fm][fn][i] += sums[fm][fn][i] * (x[fm * 2 + i / 2] * w[fn * 2 + i % 2]);
         sums[fm][fn][i] = 0.0f;
       }
     }
   }
 }
 
-template <Type x_type, Type w_type, bool aligned, bool blocks>
-__global__ void __launch_bounds__(kThreads, 1)
+template <bool aligned, bool blocks>
+__global__ void __launch_bounds__(kThreads, blocks ? 1 : 2)
     decode_kernel(Product p, int64_t tiles_m, int64_t tiles_n) {
   __shared__ __align__(16) __half x_tile[kTileM * kPitch];
   __shared__ __align__(16) __half w_tile[kTileN * kPitch];
@@ -138,14 +158,21 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warp_m = warp % (kTileM / kWarpM) * kWarpM;
   const int warp_n = warp / (kTileM / kWarpM) * kWarpN;
 
+  // The chunks of a thread lie kRowStep rows apart, in the same columns.
+  constexpr int kRowStep = kThreads * kChunk / kTileK;
+  const int chunk_row = threadIdx.x / (kTileK / kChunk);
+  const int chunk_column = threadIdx.x % (kTileK / kChunk) * kChunk;
+  const uint8_t* x_source = x + (tile_m + chunk_row) * p.k + chunk_column;
+  const uint8_t* w_source = w + (tile_n + chunk_row) * p.k + chunk_column;
   Chunk x_next[kChunks], w_next[kChunks];
   const auto fetch = [&](int64_t k) {
+    const int64_t left = p.k - k - chunk_column;
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
-      const int chunk = threadIdx.x + i * kThreads;
-      const int row = chunk / (kTileK / kChunk), column = chunk % (kTileK / kChunk) * kChunk;
-      x_next[i] = load_chunk<aligned>(x, tile_m + row, p.m, k + column, p.k);
-      w_next[i] = load_chunk<aligned>(w, tile_n + row, p.n, k + column, p.k);
+      const int row = chunk_row + i * kRowStep;
+      const int64_t offset = k + i * kRowStep * p.k;
+      x_next[i] = load_chunk<aligned>(x_source + offset, tile_m + row < p.m ? left : 0);
+      w_next[i] = load_chunk<aligned>(w_source + offset, tile_n + row < p.n ? left : 0);
     }
   };
 
@@ -155,11 +182,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();  // The tiles of the step before have been read.
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
-      const int chunk = threadIdx.x + i * kThreads;
-      const int offset =
-          chunk / (kTileK / kChunk) * kPitch + chunk % (kTileK / kChunk) * kChunk;
-      store_chunk<x_type>(x_next[i], x_tile + offset);
-      store_chunk<w_type>(w_next[i], w_tile + offset);
+      const int offset = (chunk_row + i * kRowStep) * kPitch + chunk_column;
+      store_chunk(x_next[i], p.x.type, x_tile + offset);
+      store_chunk(w_next[i], p.w.type, w_tile + offset);
     }
     __syncthreads();
     if (k + kTileK < p.k) fetch(k + kTileK);  // In flight while the tensor cores work.
@@ -168,8 +193,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       uint32_t a[kFragmentsM][4], bb[kFragmentsN / 2][4];
 #pragma unroll
       for (int fm = 0; fm < kFragmentsM; ++fm) {
-        load_matrices(a[fm],
-                      x_tile + (warp_m + fm * 16 + lane % 16) * kPitch + kk + lane / 16 * 8);
+        load_matrices(a[fm], x_tile + (warp_m + fm * 16 + lane % 16) * kPitch + kk + lane / 16 * 8);
       }
 #pragma unroll
       for (int fn = 0; fn < kFragmentsN / 2; ++fn) {
@@ -192,6 +216,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   }
 
+  const ScaleIndices indices(p, b, tile_m + warp_m, tile_n + warp_n, lane);
   float largest = 0.0f;
 #pragma unroll
   for (int fm = 0; fm < kFragmentsM; ++fm) {
@@ -204,7 +229,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (m >= p.m || n >= p.n) continue;
         float value = total[fm][fn][i];
         if constexpr (!blocks) {
-          value = apply_scales(sums[fm][fn][i], p.x.scale_at(b, m, 0), p.w.scale_at(b, n, 0));
+          value = apply_scales(sums[fm][fn][i], p.x.scale[indices.x[fm * 2 + i / 2]],
+                               p.w.scale[indices.w[fn * 2 + i % 2]]);
         }
         value = finish(p, value, n);
         store(p, value, (b * p.m + m) * p.n + n);
@@ -215,36 +241,26 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (p.amax != nullptr) amax_to_memory(p.amax, largest);
 }
 
-template <Type x_type, Type w_type>
+template <bool aligned>
 void launch(const Product& p, cudaStream_t stream) {
   const int64_t tiles_m = ceil_div(p.m, kTileM), tiles_n = ceil_div(p.n, kTileN);
   const auto grid = static_cast<unsigned>(tiles_m * tiles_n * p.batch);
-  const auto address =
-      reinterpret_cast<uintptr_t>(p.x.data) | reinterpret_cast<uintptr_t>(p.w.data);
-  const bool aligned = p.k % kChunk == 0 && address % kChunk == 0;
-  const auto run = [&](auto is_aligned, auto has_blocks) {
-    decode_kernel<x_type, w_type, decltype(is_aligned)::value, decltype(has_blocks)::value>
-        <<<grid, kThreads, 0, stream>>>(p, tiles_m, tiles_n);
-  };
-  const auto with_blocks = [&](auto is_aligned) {
-    if (p.x.per_block() || p.w.per_block()) {
-      run(is_aligned, std::true_type{});
-    } else {
-      run(is_aligned, std::false_type{});
-    }
-  };
-  aligned ? with_blocks(std::true_type{}) : with_blocks(std::false_type{});
+  if (p.x.per_block() || p.w.per_block()) {
+    decode_kernel<aligned, true><<<grid, kThreads, 0, stream>>>(p, tiles_m, tiles_n);
+  } else {
+    decode_kernel<aligned, false><<<grid, kThreads, 0, stream>>>(p, tiles_m, tiles_n);
+  }
 }
 
 }  // namespace
 
 cudaError_t decode_matmul(const Product& p, cudaStream_t stream) {
-  if (p.x.type == Type::kE4M3) {
-    p.w.type == Type::kE4M3 ? launch<Type::kE4M3, Type::kE4M3>(p, stream)
-                            : launch<Type::kE4M3, Type::kE5M2>(p, stream);
+  const auto address =
+      reinterpret_cast<uintptr_t>(p.x.data) | reinterpret_cast<uintptr_t>(p.w.data);
+  if (p.k % kChunk == 0 && address % kChunk == 0) {
+    launch<true>(p, stream);
   } else {
-    p.w.type == Type::kE4M3 ? launch<Type::kE5M2, Type::kE4M3>(p, stream)
-                            : launch<Type::kE5M2, Type::kE5M2>(p, stream);
+    launch<false>(p, stream);
   }
   return cudaGetLastError();
 }

@@ -15,9 +15,12 @@ __host__ __device__ inline float apply_scales(float sum, float x_scale, float w_
 
 __host__ __device__ inline float load_as_float(const void* data, Type type, int64_t index) {
   switch (type) {
-    case Type::kBF16: return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[index]);
-    case Type::kF16: return __half2float(static_cast<const __half*>(data)[index]);
-    default: return static_cast<const float*>(data)[index];
+    case Type::kBF16:
+      return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[index]);
+    case Type::kF16:
+      return __half2float(static_cast<const __half*>(data)[index]);
+    default:
+      return static_cast<const float*>(data)[index];
   }
 }
 
@@ -35,9 +38,15 @@ __host__ __device__ inline float finish(const Product& p, float value, int64_t n
 
 __host__ __device__ inline void store(const Product& p, float value, int64_t index) {
   switch (p.d_type) {
-    case Type::kF32: static_cast<float*>(p.d)[index] = value; break;
-    case Type::kBF16: static_cast<__nv_bfloat16*>(p.d)[index] = __float2bfloat16(value); break;
-    case Type::kF16: static_cast<__half*>(p.d)[index] = __float2half(value); break;
+    case Type::kF32:
+      static_cast<float*>(p.d)[index] = value;
+      break;
+    case Type::kBF16:
+      static_cast<__nv_bfloat16*>(p.d)[index] = __float2bfloat16(value);
+      break;
+    case Type::kF16:
+      static_cast<__half*>(p.d)[index] = __float2half(value);
+      break;
     case Type::kE4M3:
       static_cast<uint8_t*>(p.d)[index] = quantize_value<Type::kE4M3>(value, *p.inverse_out_scale);
       break;
@@ -55,8 +64,8 @@ __device__ inline unsigned warp_max(unsigned value) {
   return value;
 }
 
-// Whole warps must call it, lanes without an element with 0. Non-negative floats, infinity and NaN order like their bits, so an integer maximum in any order
-// gives the same amax, and a NaN wins.
+// Whole warps must call it, lanes without an element with 0. Non-negative floats, infinity and NaN
+// order like their bits, so an integer maximum in any order gives the same amax, and a NaN wins.
 __device__ inline void amax_to_memory(float* amax, float magnitude) {
   const unsigned bits = warp_max(float_bits(fabsf(magnitude)));
   if ((threadIdx.x & 31) == 0) atomicMax(reinterpret_cast<unsigned*>(amax), bits);

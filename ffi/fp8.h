@@ -18,16 +18,19 @@ namespace jax_fp8 {
 enum class Type : int { kF32, kBF16, kF16, kE4M3, kE5M2 };
 
 inline bool is_fp8(Type type) { return type == Type::kE4M3 || type == Type::kE5M2; }
-inline int64_t byte_width(Type type) {
-  return is_fp8(type) ? 1 : (type == Type::kF32 ? 4 : 2);
-}
+inline int64_t byte_width(Type type) { return is_fp8(type) ? 1 : (type == Type::kF32 ? 4 : 2); }
 inline const char* type_name(Type type) {
   switch (type) {
-    case Type::kF32: return "float32";
-    case Type::kBF16: return "bfloat16";
-    case Type::kF16: return "float16";
-    case Type::kE4M3: return "float8_e4m3fn";
-    case Type::kE5M2: return "float8_e5m2";
+    case Type::kF32:
+      return "float32";
+    case Type::kBF16:
+      return "bfloat16";
+    case Type::kF16:
+      return "float16";
+    case Type::kE4M3:
+      return "float8_e4m3fn";
+    case Type::kE5M2:
+      return "float8_e5m2";
   }
   return "?";
 }
@@ -73,8 +76,8 @@ __host__ __device__ inline uint8_t encode_bits(float value) {
     // Below the smallest normal: adding 2^k whose last bit is the format's smallest subnormal
     // makes the float adder round to it.
     constexpr uint32_t magic = static_cast<uint32_t>(127 + 1 - bias + dropped) << 23;
-    return static_cast<uint8_t>(
-        sign | (float_bits(bits_float(magnitude) + bits_float(magic)) - magic));
+    return static_cast<uint8_t>(sign |
+                                (float_bits(bits_float(magnitude) + bits_float(magic)) - magic));
   }
   magnitude += ((1u << (dropped - 1)) - 1) + ((magnitude >> dropped) & 1u);
   return static_cast<uint8_t>(
@@ -103,8 +106,8 @@ __host__ __device__ inline uint8_t quantize_value(float value, float inverse) {
 __host__ __device__ inline float inverse_scale(float scale) {
   const float inverse = 1.0f / scale;
   const uint32_t infinity = 0x7f800000u;
-  const bool finite = (float_bits(scale) & infinity) != infinity &&
-                      (float_bits(inverse) & infinity) != infinity;
+  const bool finite =
+      (float_bits(scale) & infinity) != infinity && (float_bits(inverse) & infinity) != infinity;
   return finite ? inverse : bits_float(0x7fc00000u);
 }
 
@@ -121,7 +124,8 @@ __host__ __device__ inline float dynamic_scale(float amax, Type type) {
 template <Type type>
 __host__ __device__ inline float decode(uint8_t code) {
 #ifdef __CUDA_ARCH__
-  const __half_raw half = __nv_cvt_fp8_to_halfraw(code, type == Type::kE4M3 ? __NV_E4M3 : __NV_E5M2);
+  const __half_raw half =
+      __nv_cvt_fp8_to_halfraw(code, type == Type::kE4M3 ? __NV_E4M3 : __NV_E5M2);
   return __half2float(__half(half));
 #else
   constexpr int mantissa = type == Type::kE4M3 ? 3 : 2;
@@ -136,8 +140,8 @@ __host__ __device__ inline float decode(uint8_t code) {
   } else if (exponent == 0) {
     magnitude = std::ldexp(static_cast<float>(fraction), 1 - bias - mantissa);
   } else {
-    magnitude = std::ldexp(1.0f + std::ldexp(static_cast<float>(fraction), -mantissa),
-                           exponent - bias);
+    magnitude =
+        std::ldexp(1.0f + std::ldexp(static_cast<float>(fraction), -mantissa), exponent - bias);
   }
   return code & 0x80 ? -magnitude : magnitude;
 #endif

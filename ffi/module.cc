@@ -69,8 +69,8 @@ nb::list journal_entries() {
 }  // namespace jax_fp8
 
 NB_MODULE(_ffi, m) {
+  m.attr("VERSION") = JAX_FP8_VERSION;
   m.attr("API_VERSION") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
-  m.attr("JAXLIB_VERSION") = JAX_FP8_JAXLIB_VERSION;
   m.def("registrations", &jax_fp8::registrations);
   m.def("set_cublaslt_candidates", &jax_fp8::lt::set_candidates);
   m.def("cublaslt_version", &jax_fp8::cublaslt_version);

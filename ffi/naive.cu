@@ -1,7 +1,7 @@
-#include "ffi/naive.h"
-
 #include <algorithm>
 #include <type_traits>
+
+#include "ffi/naive.h"
 
 namespace jax_fp8 {
 namespace {
@@ -92,7 +92,8 @@ cudaError_t repair_infinities(const Product& p, cudaStream_t stream) {
 
 void naive_host(const Product& p) {
   for_types(p.x.type, p.w.type, [&](auto x, auto w) {
-    const Table x_table = Table::of<decltype(x)::value>(), w_table = Table::of<decltype(w)::value>();
+    const Table x_table = Table::of<decltype(x)::value>(),
+                w_table = Table::of<decltype(w)::value>();
     float amax = 0.0f;
     for (int64_t b = 0; b < p.batch; ++b) {
       for (int64_t m = 0; m < p.m; ++m) {

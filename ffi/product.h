@@ -9,7 +9,7 @@
 
 namespace jax_fp8 {
 
-constexpr int64_t kBlock = 128;  // Edge of a scale block along K.
+constexpr int64_t kBlock = 128;  // Edge of a scale block.
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -28,9 +28,14 @@ struct Operand {
   bool per_tensor() const { return block_rows == 0; }
   bool per_block() const { return block_cols != 0; }
 
+  // Index of the first scale of a row. The branches spare the GPU a division.
+  __host__ __device__ int64_t scale_index(int64_t batch, int64_t row) const {
+    const int64_t scale_row = block_rows == 0 ? 0 : (block_rows == 1 ? row : row / kBlock);
+    return batch * scale_batch + scale_row * scale_cols;
+  }
+
   __host__ __device__ float scale_at(int64_t batch, int64_t row, int64_t k_block) const {
-    const int64_t scale_row = block_rows == 0 ? 0 : row / block_rows;
-    return scale[batch * scale_batch + scale_row * scale_cols + k_block];
+    return scale[scale_index(batch, row) + k_block];
   }
 };
 

@@ -15,9 +15,12 @@ constexpr char kName[] = "jax_fp8_quantize";
 
 float load(const void* x, Type type, int64_t index) {
   switch (type) {
-    case Type::kBF16: return __bfloat162float(static_cast<const __nv_bfloat16*>(x)[index]);
-    case Type::kF16: return __half2float(static_cast<const __half*>(x)[index]);
-    default: return static_cast<const float*>(x)[index];
+    case Type::kBF16:
+      return __bfloat162float(static_cast<const __nv_bfloat16*>(x)[index]);
+    case Type::kF16:
+      return __half2float(static_cast<const __half*>(x)[index]);
+    default:
+      return static_cast<const float*>(x)[index];
   }
 }
 
@@ -25,7 +28,8 @@ xffi::Error make(xffi::AnyBuffer x, xffi::AnyBuffer given, xffi::Result<xffi::An
                  xffi::Result<xffi::AnyBuffer> scale, xffi::Result<xffi::AnyBuffer> amax,
                  int64_t block_rows, int64_t block_cols, Quantize* q) {
   if (!to_type(x.element_type(), &q->x_type) || is_fp8(q->x_type) || dims(x).size() != 3) {
-    return invalid(kName, ": x must be (batch, rows, columns) of float32, bfloat16 or float16, got ",
+    return invalid(kName,
+                   ": x must be (batch, rows, columns) of float32, bfloat16 or float16, got ",
                    describe(x));
   }
   if (!to_type(data->element_type(), &q->data_type) || !is_fp8(q->data_type) ||
@@ -37,13 +41,12 @@ xffi::Error make(xffi::AnyBuffer x, xffi::AnyBuffer given, xffi::Result<xffi::An
     return invalid(kName, ": unknown block (", block_rows, ", ", block_cols, ")");
   }
   const auto shape = dims(x);
-  const std::vector<int64_t> want = {shape[0],
-                                     scale_extent(shape[1], static_cast<int>(block_rows)),
+  const std::vector<int64_t> want = {shape[0], scale_extent(shape[1], static_cast<int>(block_rows)),
                                      scale_extent(shape[2], static_cast<int>(block_cols))};
   if (!is_f32(*scale) || dims(*scale) != want) {
     return invalid(kName, ": the scale must be float32[", want[0], ",", want[1], ",", want[2],
-                   "] for x ", describe(x), " and block (", block_rows, ", ", block_cols,
-                   "), got ", describe(*scale));
+                   "] for x ", describe(x), " and block (", block_rows, ", ", block_cols, "), got ",
+                   describe(*scale));
   }
   const bool is_static = dims(given) == want;
   if (!is_f32(given) || (!is_static && given.element_count() != 0)) {
@@ -143,8 +146,7 @@ void quantize_host(const Quantize& q) {
           bits = std::max(bits, float_bits(load(q.x, q.x_type, i)) & 0x7fffffffu);
         });
         const float amax = bits_float(bits);
-        const float scale =
-            q.given != nullptr ? q.given[index] : dynamic_scale(amax, q.data_type);
+        const float scale = q.given != nullptr ? q.given[index] : dynamic_scale(amax, q.data_type);
         q.scale[index] = scale;
         if (q.amax != nullptr) q.amax[index] = amax;
         const float inverse = inverse_scale(scale);
@@ -160,11 +162,11 @@ void quantize_host(const Quantize& q) {
 }
 
 XLA_FFI_DEFINE_HANDLER(quantize_cpu, cpu, bind_buffers(xffi::Ffi::Bind()));
-XLA_FFI_DEFINE_HANDLER(
-    quantize_cuda, cuda,
-    bind_buffers(
-        xffi::Ffi::Bind().Ctx<xffi::PlatformStream<cudaStream_t>>().Ctx<xffi::DeviceOrdinal>()),
-    {xffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(quantize_cuda, cuda,
+                       bind_buffers(xffi::Ffi::Bind()
+                                        .Ctx<xffi::PlatformStream<cudaStream_t>>()
+                                        .Ctx<xffi::DeviceOrdinal>()),
+                       {xffi::Traits::kCmdBufferCompatible});
 
 Stages quantize_cpu_stages() { return {{"execute", reinterpret_cast<void*>(quantize_cpu)}}; }
 Stages quantize_cuda_stages() { return {{"execute", reinterpret_cast<void*>(quantize_cuda)}}; }

@@ -1,7 +1,7 @@
-#include "ffi/quantize.h"
-
 #include <algorithm>
 #include <type_traits>
+
+#include "ffi/quantize.h"
 
 namespace jax_fp8 {
 namespace {
@@ -88,7 +88,7 @@ __device__ void write_scale(const Quantize& q, int64_t index, float scale, uint3
   if (q.amax != nullptr) q.amax[index] = bits_float(amax);
 }
 
-// --- Tensor granularity: a pass for the amax, a pass for the data ---------------------------------
+// --- Tensor granularity: a pass for the amax, a pass for the data ---
 
 template <Type in, int width>
 __global__ void __launch_bounds__(kThreads) amax_kernel(Quantize q, int64_t size, int64_t blocks) {
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// --- Row granularity: a thread block a row, which it finds in the cache the second time -----------
+// --- Row granularity: a thread block a row, which it finds in the cache the second time ---
 
 template <Type in, Type out, int width>
 __global__ void __launch_bounds__(kThreads) row_kernel(Quantize q) {
@@ -145,12 +145,12 @@ __global__ void __launch_bounds__(kThreads) row_kernel(Quantize q) {
   }
 }
 
-// --- Blocks of 128 columns, held in registers between the amax and the cast -----------------------
+// --- Blocks of 128 columns, held in registers between the amax and the cast ---
 
 // (1, 128): kBlockCols / width lanes a block, so that one load a lane covers it.
 template <Type in, Type out, int width>
-__global__ void __launch_bounds__(kThreads) strip_kernel(Quantize q, int64_t scale_cols,
-                                                         int64_t strips) {
+__global__ void __launch_bounds__(kThreads)
+    strip_kernel(Quantize q, int64_t scale_cols, int64_t strips) {
   constexpr int kLanes = width == 8 ? 16 : 32;
   constexpr int kPacks = kBlockCols / kLanes / width;
   const int64_t strip = int64_t{blockIdx.x} * (kThreads / kLanes) + threadIdx.x / kLanes;
@@ -184,8 +184,8 @@ __global__ void __launch_bounds__(kThreads) strip_kernel(Quantize q, int64_t sca
 
 // (128, 128): a thread block a block.
 template <Type in, Type out, int width>
-__global__ void __launch_bounds__(kThreads) square_kernel(Quantize q, int64_t scale_rows,
-                                                          int64_t scale_cols) {
+__global__ void __launch_bounds__(kThreads)
+    square_kernel(Quantize q, int64_t scale_rows, int64_t scale_cols) {
   constexpr int kPacksRow = kBlockCols / width;
   constexpr int kPacks = kBlockCols * kPacksRow / kThreads;
   const int64_t block = blockIdx.x;
@@ -236,14 +236,13 @@ cudaError_t launch(const Quantize& q, cudaStream_t stream) {
   }
   const int64_t scale_cols = scale_extent(q.cols, q.block_cols);
   if (q.block_cols == 0) {
-    row_kernel<in, out, width>
-        <<<static_cast<unsigned>(q.batch * q.rows), kThreads, 0, stream>>>(q);
+    row_kernel<in, out, width><<<static_cast<unsigned>(q.batch * q.rows), kThreads, 0, stream>>>(q);
   } else if (q.block_rows == 1) {
     const int64_t strips = q.batch * q.rows * scale_cols;
     const int64_t per_block = kThreads / (width == 8 ? 16 : 32);
     strip_kernel<in, out, width>
-        <<<static_cast<unsigned>(ceil_div(strips, per_block)), kThreads, 0, stream>>>(
-            q, scale_cols, strips);
+        <<<static_cast<unsigned>(ceil_div(strips, per_block)), kThreads, 0, stream>>>(q, scale_cols,
+                                                                                      strips);
   } else {
     const int64_t scale_rows = scale_extent(q.rows, q.block_rows);
     const auto blocks = static_cast<unsigned>(q.batch * scale_rows * scale_cols);
@@ -269,9 +268,12 @@ cudaError_t choose(const Quantize& q, cudaStream_t stream) {
 
 cudaError_t quantize_device(const Quantize& q, cudaStream_t stream) {
   switch (q.x_type) {
-    case Type::kBF16: return choose<Type::kBF16>(q, stream);
-    case Type::kF16: return choose<Type::kF16>(q, stream);
-    default: return choose<Type::kF32>(q, stream);
+    case Type::kBF16:
+      return choose<Type::kBF16>(q, stream);
+    case Type::kF16:
+      return choose<Type::kF16>(q, stream);
+    default:
+      return choose<Type::kF32>(q, stream);
   }
 }
 

@@ -66,13 +66,11 @@ std::optional<Activation> to_activation(std::string_view name) {
 }
 
 xffi::Error make_product(const Arguments& a, Product* p) {
-  if (auto error =
-          make_operand("x", a.x, a.x_scale, a.x_block_rows, a.x_block_cols, &p->x);
+  if (auto error = make_operand("x", a.x, a.x_scale, a.x_block_rows, a.x_block_cols, &p->x);
       error.failure()) {
     return error;
   }
-  if (auto error =
-          make_operand("w", a.w, a.w_scale, a.w_block_rows, a.w_block_cols, &p->w);
+  if (auto error = make_operand("w", a.w, a.w_scale, a.w_block_rows, a.w_block_cols, &p->w);
       error.failure()) {
     return error;
   }
@@ -111,17 +109,19 @@ xffi::Error make_product(const Arguments& a, Product* p) {
   p->bias = has_bias ? a.bias.untyped_data() : nullptr;
   p->activation = *activation;
   p->d = a.d->untyped_data();
-  p->inverse_out_scale = static_cast<const float*>(a.inverse_out_scale.untyped_data());
-  p->amax = is_fp8(p->d_type) ? static_cast<float*>(a.amax->untyped_data()) : nullptr;
+  if (is_fp8(p->d_type)) {  // Empty buffers need not have null addresses.
+    p->inverse_out_scale = static_cast<const float*>(a.inverse_out_scale.untyped_data());
+    p->amax = static_cast<float*>(a.amax->untyped_data());
+  }
   p->fast = a.fast;
   return xffi::Error::Success();
 }
 
 xffi::Error refuse(const Arguments& a, const std::string& reason) {
-  return xffi::Error(xffi::ErrorCode::kUnimplemented,
-                     join(kName, ": implementation '", a.implementation, "' cannot multiply x ",
-                          describe(a.x), " by w ", describe(a.w), " to ", describe(*a.d), ": ",
-                          reason));
+  return xffi::Error(
+      xffi::ErrorCode::kUnimplemented,
+      join(kName, ": implementation '", a.implementation, "' cannot multiply x ", describe(a.x),
+           " by w ", describe(a.w), " to ", describe(*a.d), ": ", reason));
 }
 
 void note_product(const Product& p, const char* platform, const std::string& implementation,
@@ -131,11 +131,10 @@ void note_product(const Product& p, const char* platform, const std::string& imp
       {"implementation", implementation},
       {"platform", platform},
       {"shape", std::vector<int64_t>{p.batch, p.m, p.n, p.k}},
-      {"dtypes", std::vector<std::string>{type_name(p.x.type), type_name(p.w.type),
-                                          type_name(p.d_type)}},
-      {"granularity",
-       std::vector<std::string>{granularity_name(p.x.block_rows, p.x.block_cols),
-                                granularity_name(p.w.block_rows, p.w.block_cols)}},
+      {"dtypes",
+       std::vector<std::string>{type_name(p.x.type), type_name(p.w.type), type_name(p.d_type)}},
+      {"granularity", std::vector<std::string>{granularity_name(p.x.block_rows, p.x.block_cols),
+                                               granularity_name(p.w.block_rows, p.w.block_cols)}},
       {"accumulation", p.fast ? "fast" : "precise"}};
   if (!ran.algorithm.empty()) {
     entry["algorithm"] = ran.algorithm;
@@ -178,8 +177,12 @@ xffi::Error run_on_cuda(Stage stage, cudaStream_t stream, int32_t ordinal, const
     if (auto error = make_product(a, &p); error.failure()) return error;
     const ScopedDevice device(ordinal);
     if (device.error() != cudaSuccess) return from_cuda(kName, device.error());
-    lt::Call call{&p, 0, ordinal, a.workspace->untyped_data(),
-                  static_cast<int64_t>(a.workspace->element_count()), stream};
+    lt::Call call{&p,
+                  0,
+                  ordinal,
+                  a.workspace->untyped_data(),
+                  static_cast<int64_t>(a.workspace->element_count()),
+                  stream};
     if (auto error = find_capability(a, ordinal, &call.capability); error != cudaSuccess) {
       return from_cuda(kName, error);
     }

@@ -1,7 +1,7 @@
 from typing import Any
 
+VERSION: str
 API_VERSION: tuple[int, int]
-JAXLIB_VERSION: str
 
 def registrations() -> dict[str, dict[str, Any]]:
     """Target -> platform -> handler capsule, or dict of capsules by stage."""

@@ -7,11 +7,13 @@ import importlib.util
 import pathlib
 import re
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.ffi
 import jax.numpy as jnp
+import jaxlib.version
 import numpy as np
 
 from jax_fp8._src import _ffi
@@ -47,8 +49,8 @@ def check_api_version(built: tuple[int, int], running: tuple[int, int] | None) -
     if running is None or (built[0] == running[0] and built <= running):
         return
     raise ImportError(
-        f"jax_fp8 was built for XLA FFI API {built[0]}.{built[1]} (jaxlib {_ffi.JAXLIB_VERSION}),"
-        f" but the running jaxlib {jax.lib.__version__} has API {running[0]}.{running[1]}:"
+        f"jax_fp8 was built for XLA FFI API {built[0]}.{built[1]}, but"
+        f" the running jaxlib {jaxlib.version.__version__} has API {running[0]}.{running[1]}:"
         " install a newer jax, or rebuild jax_fp8 against this one"
     )
 
@@ -89,7 +91,7 @@ def quantize(
     block: tuple[int, int],
     scale_shape: tuple[int, ...],
     amax: bool,
-) -> list[jax.Array]:
+) -> Sequence[jax.Array]:
     """Calls ``jax_fp8_quantize``: (B, R, C) to the data, the scale and the amax.
 
     ``scale`` None is dynamic scaling. The amax comes back empty where nobody needs it.
@@ -115,7 +117,7 @@ def scaled_matmul(
     implementation: str,
     capability: int,
     workspace: bool,
-) -> list[jax.Array]:
+) -> Sequence[jax.Array]:
     """Calls ``jax_fp8_scaled_matmul``: x (B, M, K) and w (B, N, K) to (B, M, N).
 
     ``operands`` are x, its scale, w, its scale, the bias (or empty) and the reciprocal of the

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_fp8._src import ffi, plans
+from jax_fp8._src.numerics import absolute_max, dynamic_scale, inverse, round_saturate
 from jax_fp8._src.partition import partition
 from jax_fp8._src.scaled_array import (
     Granularity,
@@ -22,7 +23,6 @@ from jax_fp8._src.scaled_array import (
     check_rank,
     check_scaled_array,
     expand_scale,
-    fp8_max,
     scale_shape,
 )
 
@@ -46,40 +46,6 @@ class QuantizeConfig:
         """Shape of the scale of an operand of ``shape``, the leading batch axes included."""
         batch = shape[: self.batch_dims]
         return (*batch, *scale_shape(shape[self.batch_dims :], self.granularity))
-
-
-def round_saturate(x: jax.Array, inverse_scale: jax.Array, dtype: Any) -> jax.Array:
-    """Rounds ``x * inverse_scale`` to nearest even in FP8, saturating; infinities become NaN."""
-    largest = fp8_max(dtype)
-    scaled = jnp.clip(x * inverse_scale, -largest, largest)  # clip keeps NaN
-    return jnp.where(jnp.isinf(x), jnp.nan, scaled).astype(dtype)
-
-
-def inverse(scale: jax.Array) -> jax.Array:
-    """``1 / scale``, or NaN where that or ``scale`` is not finite, so that nothing slips through."""
-    reciprocal = 1.0 / scale
-    return jnp.where(jnp.isfinite(reciprocal) & jnp.isfinite(scale), reciprocal, jnp.nan)
-
-
-def dynamic_scale(amax: jax.Array, dtype: Any) -> jax.Array:
-    """``max(amax / max, 2^-126)`` in float32; 1 where the amax is 0, NaN where it is not finite."""
-    # The floor keeps the reciprocal finite. The barrier, around as many divisors as there are
-    # amaxes, keeps XLA from multiplying by the reciprocal instead, which rounds differently.
-    largest = lax.optimization_barrier(jnp.full(amax.shape, fp8_max(dtype), jnp.float32))
-    scale = jnp.maximum(amax / largest, 2.0**-126)
-    return jnp.where(amax == 0, 1.0, jnp.where(jnp.isfinite(amax), scale, jnp.nan))
-
-
-def absolute_max(x: jax.Array, axis: Any = None, keepdims: bool = False) -> jax.Array:
-    """The largest magnitude of float32 ``x``, NaN where there is one, 0 where there is nothing.
-
-    As integers magnitudes order with infinity and then NaN on top; XLA's maximum of floats may
-    lose a NaN on the CPU.
-    """
-    bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
-    return lax.bitcast_convert_type(
-        jnp.max(bits, axis=axis, keepdims=keepdims, initial=0), jnp.float32
-    )
 
 
 def _amax(x: jax.Array, granularity: Granularity) -> jax.Array:
@@ -122,8 +88,8 @@ def _kernel(
     batch, own = x.shape[: config.batch_dims], x.shape[config.batch_dims :]
     count = math.prod(batch)
     if config.granularity == "tensor":
-        shape3 = (count, 1, math.prod(own))
-        scale3 = (count, 1, 1)
+        shape3: tuple[int, ...] = (count, 1, math.prod(own))
+        scale3: tuple[int, ...] = (count, 1, 1)
     else:
         leading = math.prod(own[:-2])
         rows, columns = (own[-2] if len(own) > 1 else 1), own[-1]
@@ -166,7 +132,7 @@ def _local(config: QuantizeConfig, x: jax.Array, scale: jax.Array) -> Any:
     return lax.platform_dependent(x, scale, cpu=xla, cuda=kernel)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _operation(config: QuantizeConfig) -> Any:
     """custom_vjp -> custom_vmap -> partition -> platform, for one configuration."""
     batched = jax.custom_batching.custom_vmap(

@@ -105,7 +105,7 @@ def scale_shape(shape: tuple[int, ...], granularity: Granularity) -> tuple[int, 
 
 def check_rank(op: str, what: str, ndim: int, granularity: Granularity) -> None:
     """Raises a ValueError if an array of this rank has no such rows or blocks."""
-    needed = {"tensor": 0, "row": 1}.get(granularity, 1 if granularity == (1, BLOCK) else 2)  # type: ignore[call-overload]
+    needed = 2 if granularity == (BLOCK, BLOCK) else 0 if granularity == "tensor" else 1
     if ndim < needed:
         raise ValueError(
             f"{op}: granularity {granularity!r} needs {what} of rank >= {needed}, got rank {ndim}"
@@ -137,9 +137,7 @@ def check_scaled_array(op: str, name: str, x: Any) -> ScaledArray:
     return x
 
 
-def expand_scale(
-    scale: jax.Array, shape: tuple[int, ...], granularity: Granularity
-) -> jax.Array:
+def expand_scale(scale: jax.Array, shape: tuple[int, ...], granularity: Granularity) -> jax.Array:
     """Broadcasts a scale so that it multiplies an array of ``shape`` element by element."""
     rows, columns = block_shape(granularity)
     if columns > 1:

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_fp8._src import ffi, plans
+from jax_fp8._src.numerics import absolute_max, inverse, round_saturate
 from jax_fp8._src.partition import partition
-from jax_fp8._src.quantize import WIDE_DTYPES, absolute_max, inverse, quantize, round_saturate
+from jax_fp8._src.quantize import WIDE_DTYPES, quantize
 from jax_fp8._src.recipe import Recipe, get_recipe
 from jax_fp8._src.scaled_array import (
     BLOCK,
@@ -145,9 +146,7 @@ def _kernel(config: CallConfig, *operands: jax.Array) -> tuple[jax.Array, jax.Ar
         added = w.shape[1] - n
         if added and bias.size:
             bias = jnp.pad(bias, (0, added))
-        if added and config.w_granularity == "row":
-            w_scale = jnp.pad(w_scale, ((0, 0), (0, added), (0, 0)))
-        elif added and config.w_granularity == (1, BLOCK):
+        if added and config.w_granularity in ("row", (1, BLOCK)):
             w_scale = jnp.pad(w_scale, ((0, 0), (0, added), (0, 0)))
     data, amax, _ = ffi.scaled_matmul(
         (x, x_scale, w, w_scale, bias, inverse_out_scale),
@@ -184,7 +183,7 @@ def _local(config: CallConfig, *operands: jax.Array) -> Any:
     return kernel(*operands)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _operation(config: CallConfig) -> Any:
     """custom_vjp -> custom_vmap -> partition -> platform, for one configuration."""
     batched = jax.custom_batching.custom_vmap(
@@ -330,9 +329,10 @@ def scaled_matmul(
             f" float8_e5m2, got {out_dtype.name}"
         )
     if is_fp8 != (output_scale is not None):
+        given = "no output_scale" if output_scale is None else "an output_scale"
         raise ValueError(
             f"{op}: output_scale goes with an FP8 preferred_element_type and with no other;"
-            f" got {out_dtype.name} and output_scale {'given' if output_scale is not None else None}"
+            f" got {out_dtype.name} and {given}"
         )
     if return_amax and not is_fp8:
         raise ValueError(f"{op}: return_amax needs an FP8 result, got {out_dtype.name}")
@@ -395,9 +395,13 @@ def matmul(
       recipe: ``"tensorwise"``, ``"rowwise"``, ``"blockwise"`` or a ``Recipe``.
       scale: the static scale of ``x``; None takes it from ``x``.
       dtype: of the quantized ``x``; None takes what ``recipe`` says.
+      bias: as in ``scaled_matmul``.
+      activation: likewise.
       preferred_element_type: of the result; None takes ``x``'s dtype.
-      bias, activation, precision, output_scale, return_amax, implementation: as in
-        ``scaled_matmul``; an implementation other than None and ``"xla"`` is that of the product.
+      precision: as in ``scaled_matmul``.
+      output_scale: likewise.
+      return_amax: likewise.
+      implementation: of the product, as in ``scaled_matmul``; ``"xla"`` also of quantizing ``x``.
 
     Returns:
       As ``scaled_matmul``.
@@ -438,7 +442,9 @@ def matmul(
         w,
         bias=bias,
         activation=activation,
-        preferred_element_type=x.dtype if preferred_element_type is None else preferred_element_type,
+        preferred_element_type=x.dtype
+        if preferred_element_type is None
+        else preferred_element_type,
         precision=precision,
         output_scale=output_scale,
         return_amax=return_amax,

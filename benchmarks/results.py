@@ -1,0 +1,92 @@
+"""Results on disk: JSON with the environment, and the table and picture beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import pathlib
+import re
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from benchmarks import timing
+
+FOLDER = pathlib.Path(__file__).with_name("results")
+
+
+def _nvidia_smi() -> str | None:
+    """The driver's version and the board's power limit."""
+    query = ["nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
+        return done.stdout.strip()
+    return None
+
+
+def _versions() -> dict[str, Any]:
+    try:
+        from jax_fp8._src.info import info
+    except ImportError:
+        from jax_fp8._src import ffi
+
+        versions: dict[str, Any] = {"jax": jax.__version__, "jaxlib": jax.lib.__version__}
+        try:
+            versions["cublaslt"] = ffi.cublaslt_version()
+        except RuntimeError as error:
+            versions["cublaslt"] = str(error)
+        return versions
+    return info()
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on: device, versions, and the method's own settings."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "date_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "nvidia_smi": _nvidia_smi(),
+        "jax_fp8": _versions(),
+        "method": {
+            "rotated_bytes": timing.ROTATED_BYTES,
+            "chain_us": timing.CHAIN_US,
+            "max_calls": timing.MAX_CALLS,
+        },
+    }
+
+
+def slug(text: str) -> str:
+    """The text in lower case, with dashes for all but letters and digits."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def write(
+    name: str,
+    rows: list[dict[str, Any]],
+    table: Callable[[list[dict[str, Any]]], str],
+    folder: pathlib.Path = FOLDER,
+) -> pathlib.Path:
+    """Writes ``<device>-<name>.json``, and ``.md`` beside it; returns the path of the former.
+
+    The rows are kept as they are; their keys state the units.
+    """
+    results = {"name": name, "environment": environment(), "rows": rows}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{slug(results['environment']['device'])}-{name}.json"
+    # A row a line: to be read, and compared with the one before.
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    head = json.dumps({k: v for k, v in results.items() if k != "rows"}, indent=1, default=str)
+    path.write_text(f'{head[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
+    path.with_suffix(".md").write_text(f"{table(rows)}\n")
+    return path
+
+
+def read(path: str | pathlib.Path) -> dict[str, Any]:
+    """The results in a file: ``name``, ``environment`` and ``rows``."""
+    results = json.loads(pathlib.Path(path).read_text())
+    missing = {"name", "environment", "rows"} - results.keys()
+    if missing:
+        raise ValueError(f"{path} is no file of results: it lacks {', '.join(sorted(missing))}")
+    return results
