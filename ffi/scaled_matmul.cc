@@ -18,7 +18,7 @@ constexpr char kName[] = "jax_fp8_scaled_matmul";
 // The arguments as XLA hands them over.
 struct Arguments {
   xffi::AnyBuffer x, x_scale, w, w_scale, bias, inverse_out_scale;
-  xffi::Result<xffi::AnyBuffer> d, amax, workspace;
+  xffi::AnyBuffer d, amax, workspace;  // The results.
   int64_t x_block_rows, x_block_cols, w_block_rows, w_block_cols;
   std::string_view activation;
   bool fast;
@@ -79,18 +79,18 @@ xffi::Error make_product(const Arguments& a, Product* p) {
     return invalid(kName, ": x must be (B, M, K) and w (B, N, K), got ", describe(a.x), " and ",
                    describe(a.w));
   }
-  if (!to_type(a.d->element_type(), &p->d_type) ||
-      dims(*a.d) != std::vector<int64_t>{x[0], x[1], w[1]}) {
+  if (!to_type(a.d.element_type(), &p->d_type) ||
+      dims(a.d) != std::vector<int64_t>{x[0], x[1], w[1]}) {
     return invalid(kName, ": the result must be (B, M, N) for x ", describe(a.x), " and w ",
-                   describe(a.w), ", got ", describe(*a.d));
+                   describe(a.w), ", got ", describe(a.d));
   }
   const auto one_if_fp8 = [&](const xffi::AnyBuffer& buffer) {
     return is_f32(buffer) && buffer.element_count() == (is_fp8(p->d_type) ? 1u : 0u);
   };
-  if (!one_if_fp8(a.inverse_out_scale) || !one_if_fp8(*a.amax)) {
+  if (!one_if_fp8(a.inverse_out_scale) || !one_if_fp8(a.amax)) {
     return invalid(kName, ": an FP8 result, and no other, has an output scale and an amax; got ",
-                   describe(*a.d), " with ", describe(a.inverse_out_scale), " and ",
-                   describe(*a.amax));
+                   describe(a.d), " with ", describe(a.inverse_out_scale), " and ",
+                   describe(a.amax));
   }
   const bool has_bias = a.bias.element_count() != 0;
   if (!to_type(a.bias.element_type(), &p->bias_type) || is_fp8(p->bias_type) ||
@@ -108,10 +108,10 @@ xffi::Error make_product(const Arguments& a, Product* p) {
   p->k = x[2];
   p->bias = has_bias ? a.bias.untyped_data() : nullptr;
   p->activation = *activation;
-  p->d = a.d->untyped_data();
+  p->d = a.d.untyped_data();
   if (is_fp8(p->d_type)) {  // Empty buffers need not have null addresses.
     p->inverse_out_scale = static_cast<const float*>(a.inverse_out_scale.untyped_data());
-    p->amax = static_cast<float*>(a.amax->untyped_data());
+    p->amax = static_cast<float*>(a.amax.untyped_data());
   }
   p->fast = a.fast;
   return xffi::Error::Success();
@@ -121,7 +121,7 @@ xffi::Error refuse(const Arguments& a, const std::string& reason) {
   return xffi::Error(
       xffi::ErrorCode::kUnimplemented,
       join(kName, ": implementation '", a.implementation, "' cannot multiply x ", describe(a.x),
-           " by w ", describe(a.w), " to ", describe(*a.d), ": ", reason));
+           " by w ", describe(a.w), " to ", describe(a.d), ": ", reason));
 }
 
 void note_product(const Product& p, const char* platform, const std::string& implementation,
@@ -180,8 +180,8 @@ xffi::Error run_on_cuda(Stage stage, cudaStream_t stream, int32_t ordinal, const
     lt::Call call{&p,
                   0,
                   ordinal,
-                  a.workspace->untyped_data(),
-                  static_cast<int64_t>(a.workspace->element_count()),
+                  a.workspace.untyped_data(),
+                  static_cast<int64_t>(a.workspace.element_count()),
                   stream};
     if (auto error = find_capability(a, ordinal, &call.capability); error != cudaSuccess) {
       return from_cuda(kName, error);
@@ -205,7 +205,7 @@ xffi::Error run_on_cuda(Stage stage, cudaStream_t stream, int32_t ordinal, const
       if (result.outcome == lt::Outcome::kFailed) {
         return xffi::Error(xffi::ErrorCode::kInternal,
                            join(kName, ": x ", describe(a.x), ", w ", describe(a.w), " to ",
-                                describe(*a.d), ": ", result.reason));
+                                describe(a.d), ": ", result.reason));
       }
       if (!any) return refuse(a, result.reason);
     }
@@ -219,7 +219,7 @@ xffi::Error run_on_cuda(Stage stage, cudaStream_t stream, int32_t ordinal, const
       return from_cuda(kName, naive_device(p, stream));
     }
     if (a.implementation != "decode" && !any) return refuse(a, "there is none of that name");
-    if (call.capability < 75) return refuse(a, "16-bit tensor cores begin with 7.5");
+    if (call.capability < 75) return refuse(a, "its kernels begin with compute capability 7.5");
     note_product(p, "cuda", "decode");
     return from_cuda(kName, decode_matmul(p, stream));
   });
@@ -255,10 +255,18 @@ auto bind_cuda() {
 }
 
 // The handlers take their arguments one by one, in the order of Arguments.
-constexpr auto on_cpu = [](auto... arguments) { return run_on_cpu(Arguments{arguments...}); };
+template <typename T>
+T plain(T argument) {
+  return argument;
+}
+xffi::AnyBuffer plain(xffi::Result<xffi::AnyBuffer> result) { return *result; }
+
+constexpr auto on_cpu = [](auto... arguments) {
+  return run_on_cpu(Arguments{plain(arguments)...});
+};
 template <Stage stage>
 constexpr auto on_cuda = [](cudaStream_t stream, int32_t ordinal, auto... arguments) {
-  return run_on_cuda(stage, stream, ordinal, Arguments{arguments...});
+  return run_on_cuda(stage, stream, ordinal, Arguments{plain(arguments)...});
 };
 
 }  // namespace

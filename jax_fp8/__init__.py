@@ -4,23 +4,24 @@
 kernels where the GPU has them, and ``plans`` tells what ran.
 """
 
-from jax_fp8._src import _ffi
+from jax_fp8._src.ffi import VERSION as __version__
+from jax_fp8._src.ffi import register
 from jax_fp8._src.plans import clear_plans, plans
 from jax_fp8._src.quantize import dequantize, quantize
 from jax_fp8._src.recipe import Operand, Recipe
 from jax_fp8._src.scaled_array import ScaledArray
 from jax_fp8._src.scaled_matmul import matmul, scaled_matmul
 
-__version__ = _ffi.VERSION
-
 __all__ = [
     "Operand",
     "Recipe",
     "ScaledArray",
+    "__version__",
     "clear_plans",
     "dequantize",
     "matmul",
     "plans",
     "quantize",
+    "register",
     "scaled_matmul",
 ]

@@ -16,11 +16,19 @@ import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
 
-from jax_fp8._src import _ffi
+try:
+    from jax_fp8._src import _ffi
+except ImportError as error:
+    raise ImportError(
+        f"jax_fp8's extension cannot be loaded: {error}. A source folder holds none: install the"
+        " package with `pip install .` and leave the folder"
+    ) from error
 
 #: Bytes of scratch that a product takes as one more result: what cublasLt wants on Hopper and
 #: later, and 256 for aligning it by hand.
 WORKSPACE_BYTES = (32 << 20) + 256
+
+VERSION: str = _ffi.VERSION
 
 _lock = threading.Lock()
 _registered = False
@@ -65,7 +73,14 @@ def _cublaslt_candidates() -> list[str]:
 
 
 def register() -> None:
-    """Registers all targets, once; a second call returns at once. Thread-safe."""
+    """Registers jax_fp8's handlers with XLA; a second call returns at once. Thread-safe.
+
+    Every operation does it by itself. Only a process that runs programs exported elsewhere, with
+    ``jax.export``, and calls no operation of its own has to.
+
+    Raises:
+      ImportError: when the running jaxlib is too old for this build; the message names both.
+    """
     global _registered
     with _lock:
         if _registered:

@@ -152,8 +152,8 @@ def _operation(config: QuantizeConfig) -> Any:
 
     def forward(x: jax.Array, scale: jax.Array) -> Any:
         raise NotImplementedError(
-            "quantize: an FP8 result has no useful gradient; differentiate a product of the wide"
-            " operands, or put jax.lax.stop_gradient around the operand of quantize"
+            "quantize: neither it nor matmul, which calls it, can be differentiated in this"
+            " version; put jax.lax.stop_gradient around their operands"
         )
 
     differentiable.defvjp(forward, lambda residuals, cotangents: cotangents)

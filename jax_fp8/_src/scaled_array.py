@@ -61,6 +61,13 @@ def fp8_max(dtype: Any) -> float:
     return float(jnp.finfo(dtype).max)
 
 
+def describe(x: Any) -> str:
+    """What an operand is, in a message: dtype and shape of an array, else the type."""
+    if hasattr(x, "dtype") and hasattr(x, "shape"):
+        return f"an array {x.dtype}{list(x.shape)}"
+    return f"a {type(x).__name__}"
+
+
 def check_granularity(op: str, granularity: Any) -> Granularity:
     """Returns the granularity as a hashable value, or raises a ValueError that lists them all."""
     if isinstance(granularity, list):
@@ -116,8 +123,8 @@ def check_scaled_array(op: str, name: str, x: Any) -> ScaledArray:
     """Checks every statement of ScaledArray's docstring for the operand ``name`` of ``op``."""
     if not isinstance(x, ScaledArray):
         raise TypeError(
-            f"{op}: {name} must be a jax_fp8.ScaledArray, got {type(x).__name__}"
-            f"{getattr(x, 'shape', '')}; make one with jax_fp8.quantize"
+            f"{op}: {name} must be a jax_fp8.ScaledArray, got {describe(x)}; make one with"
+            " jax_fp8.quantize"
         )
     granularity = check_granularity(f"{op}: {name}", x.granularity)
     check_fp8_dtype(op, f"{name}.data", x.data.dtype)

@@ -25,6 +25,7 @@ from jax_fp8._src.scaled_array import (
     check_fp8_dtype,
     check_granularity,
     check_scaled_array,
+    describe,
     expand_scale,
     scale_shape,
 )
@@ -48,6 +49,7 @@ class CallConfig:
     out_dtype: jnp.dtype
     x_granularity: Granularity
     w_granularity: Granularity
+    has_bias: bool
     activation: str | None
     fast: bool
     implementation: str | None
@@ -110,19 +112,22 @@ def _reference(
     bias: jax.Array,
     inverse_out_scale: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """The definition in plain JAX, in float32: the oracle of the tests, and what the CPU runs."""
+    """The definition in plain JAX, in float32: the oracle of the tests, and what the CPU runs.
+
+    Without a bias, or an FP8 result, their operands are placeholders, and so is the amax.
+    """
     wide_x = x.astype(jnp.float32) * expand_scale(x_scale, x.shape, config.x_granularity)
     wide_w = w.astype(jnp.float32) * expand_scale(w_scale, w.shape, config.w_granularity)
     y = lax.dot_general(
         wide_x, wide_w, (((2,), (2,)), ((0,), (0,))), precision=lax.Precision.HIGHEST
     )
-    if bias.size:
+    if config.has_bias:
         y = y + bias.astype(jnp.float32)
     y = _activate(y, config.activation)
     if config.out_dtype in FP8_DTYPES:
         amax = absolute_max(y).reshape(inverse_out_scale.shape)
         return round_saturate(y, inverse_out_scale, config.out_dtype), amax
-    return y.astype(config.out_dtype), jnp.zeros((0,), jnp.float32)
+    return y.astype(config.out_dtype), inverse_out_scale
 
 
 def _pad(array: jax.Array, rows: int, columns: int) -> jax.Array:
@@ -139,17 +144,23 @@ def _kernel(config: CallConfig, *operands: jax.Array) -> tuple[jax.Array, jax.Ar
     """
     x, x_scale, w, w_scale, bias, inverse_out_scale = operands
     n = w.shape[1]
+    is_fp8 = config.out_dtype in FP8_DTYPES
+    nothing = jnp.zeros((0,), jnp.float32)
     cublaslt = config.implementation in (None, "cublaslt")
     if cublaslt and 0 not in (x.shape[1], n, x.shape[2]):
         align_n = 16 // config.out_dtype.itemsize
         x, w = _pad(x, 1, 16), _pad(w, align_n, 16)
         added = w.shape[1] - n
-        if added and bias.size:
+        if added and config.has_bias:
             bias = jnp.pad(bias, (0, added))
         if added and config.w_granularity in ("row", (1, BLOCK)):
             w_scale = jnp.pad(w_scale, ((0, 0), (0, added), (0, 0)))
     data, amax, _ = ffi.scaled_matmul(
-        (x, x_scale, w, w_scale, bias, inverse_out_scale),
+        (
+            *(x, x_scale, w, w_scale),
+            bias if config.has_bias else nothing,
+            inverse_out_scale if is_fp8 else nothing,
+        ),
         out_dtype=config.out_dtype,
         blocks=(block_shape(config.x_granularity), block_shape(config.w_granularity)),
         activation=config.activation or "none",
@@ -158,7 +169,7 @@ def _kernel(config: CallConfig, *operands: jax.Array) -> tuple[jax.Array, jax.Ar
         capability=config.capability,
         workspace=cublaslt,
     )
-    return data[..., :n], amax
+    return data[..., :n], amax if is_fp8 else inverse_out_scale
 
 
 def _xla(config: CallConfig, *operands: jax.Array) -> Any:
@@ -237,7 +248,7 @@ def _check_shapes(op: str, x: ScaledArray, w: ScaledArray) -> tuple[int, ...]:
 
 def _check_bias(op: str, bias: Any, n: int) -> jax.Array:
     if bias is None:
-        return jnp.zeros((0,), jnp.float32)
+        return jnp.zeros((1,), jnp.float32)
     bias = jnp.asarray(bias)
     if bias.dtype not in WIDE_DTYPES:
         raise TypeError(f"{op}: bias must be float32, bfloat16 or float16, got {bias.dtype}")
@@ -336,8 +347,9 @@ def scaled_matmul(
         )
     if return_amax and not is_fp8:
         raise ValueError(f"{op}: return_amax needs an FP8 result, got {out_dtype.name}")
+    has_bias = bias is not None
     bias = _check_bias(op, bias, w.shape[-2])
-    inverse_out_scale = jnp.zeros((0,), jnp.float32)
+    inverse_out_scale = jnp.ones((1,), jnp.float32)
     if is_fp8:
         output_scale = jnp.asarray(output_scale, jnp.float32)
         if output_scale.size != 1:
@@ -349,6 +361,7 @@ def scaled_matmul(
         out_dtype=out_dtype,
         x_granularity=folded_x.granularity,
         w_granularity=folded_w.granularity,
+        has_bias=has_bias,
         activation=activation,
         fast=_precision_is_fast(op, precision),
         implementation=implementation,
@@ -420,9 +433,9 @@ def matmul(
         raise TypeError(f"{op}: x is a ScaledArray already; use jax_fp8.scaled_matmul")
     if not isinstance(w, ScaledArray):
         raise TypeError(
-            f"{op}: w must be a jax_fp8.ScaledArray of shape (N, K), got {type(w).__name__}"
-            f"{getattr(w, 'shape', '')}: quantize it with jax_fp8.quantize, K last; for two wide"
-            " arrays use jnp.matmul, jnp.einsum or lax.dot_general"
+            f"{op}: w must be a jax_fp8.ScaledArray of shape (N, K), got {describe(w)}: quantize"
+            " it with jax_fp8.quantize, K last; for two wide arrays use jnp.matmul, jnp.einsum or"
+            " lax.dot_general"
         )
     x = jnp.asarray(x)
     if x.dtype not in WIDE_DTYPES:
