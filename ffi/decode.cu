@@ -136,7 +136,7 @@ __device__ void promote(const Product& p, Sums& total, Sums& sums, int64_t b, in
     for (int fn = 0; fn < kFragmentsN; ++fn) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        total[fm][fn][i] += sums[fm][fn][i] * (x[fm * 2 + i / 2] * w[fn * 2 + i % 2]);
+        total[fm][fn][i] += sums[fm][fn][i] * x[fm * 2 + i / 2] * w[fn * 2 + i % 2];
         sums[fm][fn][i] = 0.0f;
       }
     }

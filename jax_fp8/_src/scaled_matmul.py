@@ -288,20 +288,25 @@ def scaled_matmul(
 ) -> Any:
     """Multiplies two ScaledArrays: ``activation(x @ w.T + bias)``, accumulated in float32.
 
+    Scales must leave both operands' values, and the product of two scales, within the range of
+    float32, as dynamic scales do; beyond it some implementations give an infinity or NaN.
+
     Args:
       x: ``(..., M, K)``, E4M3 or E5M2, of any granularity.
       w: ``(N, K)``, or ``(*batch, N, K)`` for an ``x`` of ``(*batch, M, K)``; likewise.
       bias: ``(N,)`` float32, bfloat16 or float16, or None. Added in float32. In the output's
         16-bit type (bfloat16 for float32 output) it costs nothing; otherwise the GEMM goes
         through a second kernel on a GPU.
-      activation: None, ``"relu"`` or ``"gelu"`` (the tanh approximation).
+      activation: None, ``"relu"`` or ``"gelu"`` (the tanh approximation; cublasLt takes the GPU's
+        own tanh, which is off by up to 2^-11 of its value).
       preferred_element_type: of the result: bfloat16, float16, float32, or an FP8 type.
       precision: None and DEFAULT accumulate fast, in the tensor cores' own accumulator, whose
         error grows with K; HIGH and HIGHEST promote the sums to float32. It is read by Ada and
         Hopper GPUs; elsewhere sums are always precise.
       output_scale: the float32 scalar ``s`` for FP8 output, whose data is the result divided by
         ``s``. Needed for an FP8 result and for no other.
-      return_amax: also return the amax of an FP8 result before it is divided and rounded.
+      return_amax: also return the amax of an FP8 result before it is divided and rounded. It is
+        not finite when a sum is not, even where relu made a finite value of that.
       implementation: ``"cublaslt"``, ``"decode"`` (16-bit tensor cores), ``"naive"``, ``"xla"``,
         or None for the best that the device and the shapes support. A named one runs or raises.
 
