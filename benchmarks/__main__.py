@@ -1,4 +1,4 @@
-"""Runs the benchmarks, draws their results, or checks them against the targets."""
+"""Runs the benchmarks; draws results, checks them, or puts their tables into the README."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import sys
 import time
 import traceback
 
-from benchmarks import gemm, plots, quantize, results, targets, timing
+from benchmarks import ROOT, accuracy, gemm, plots, quantize, results, targets, timing
 
-BENCHMARKS = {"gemm": gemm, "quantize": quantize}
+BENCHMARKS = {"gemm": gemm, "quantize": quantize, "accuracy": accuracy}
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -19,10 +19,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "command",
         nargs="?",
         default="all",
-        choices=[*BENCHMARKS, "all", "plot", "check"],
+        choices=[*BENCHMARKS, "all", "plot", "check", "readme"],
         help="a benchmark, all of them, or what to do with FILE",
     )
-    parser.add_argument("file", nargs="?", type=pathlib.Path, help="results, for plot and check")
+    parser.add_argument(
+        "file", nargs="?", type=pathlib.Path, help="results, for plot, check and readme"
+    )
     parser.add_argument("--shapes", choices=sorted(gemm.SHAPES), default="all")
     parser.add_argument(
         "--variants",
@@ -30,8 +32,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=pathlib.Path, default=results.FOLDER, metavar="DIR")
     parsed = parser.parse_args(arguments)
-    if (parsed.command in ("plot", "check")) != (parsed.file is not None):
-        parser.error("plot and check take a FILE, and nothing else does")
+    if (parsed.command in ("plot", "check", "readme")) != (parsed.file is not None):
+        parser.error("plot, check and readme take a FILE, and nothing else does")
     return parsed
 
 
@@ -58,6 +60,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     if options.command == "check":
         return _check(options.file)
+    if options.command == "readme":
+        found = results.read(options.file)
+        table = BENCHMARKS[found["name"]].table(found["rows"])
+        results.into_readme(found["name"], table, ROOT / "README.md")
+        return 0
     if options.command == "plot":
         print(plots.draw(results.read(options.file), options.file.with_suffix(".png")))
         return 0

@@ -162,7 +162,11 @@ def _measure(problem: Problem, variants: Sequence[Variant], weights: _Weights) -
         try:
             if isinstance(chains, Exception):
                 raise chains
+            jax_fp8.clear_plans()
             row |= _describe(problem, variant, chains.time())
+            algorithms = {plan["algorithm"] for plan in jax_fp8.plans() if "algorithm" in plan}
+            if algorithms:
+                row["algorithm"] = "; ".join(sorted(algorithms))
         except Exception as error:
             row |= tables.failure(error)
         yield row

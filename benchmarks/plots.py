@@ -104,8 +104,30 @@ def _quantize(figure: Any, rows: list[dict[str, Any]]) -> None:
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
+def _accuracy(figure: Any, rows: list[dict[str, Any]]) -> None:
+    """RMS error by K, a panel for each kind of data."""
+    kinds = list(dict.fromkeys(row["data"] for row in rows))
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    for axes, kind in zip(figure.subplots(1, len(kinds), sharey=True), kinds, strict=True):
+        for i, name in enumerate(names):
+            points = [
+                (row["k"], row["rms_error_over_rms"])
+                for row in rows
+                if row["data"] == kind and row["variant"] == name and not row.get("error")
+            ]
+            if points:
+                style = {"marker": _MARKS[i % len(_MARKS)], "color": _COLORS[i % len(_COLORS)]}
+                axes.plot(*zip(*points, strict=True), label=name.replace("_", ", "), **style)
+        axes.set_yscale("log")
+        _log_m(axes, sorted({row["k"] for row in rows}))
+        axes.set_xlabel("K")
+        axes.set_title(f"{kind} data")
+    figure.axes[0].set_ylabel("RMS error / RMS of the product")
+    figure.axes[-1].legend(fontsize=8)
+
+
 #: Name of the results -> what draws them into a figure.
-DRAWINGS = {"gemm": _gemm, "quantize": _quantize}
+DRAWINGS = {"gemm": _gemm, "quantize": _quantize, "accuracy": _accuracy}
 
 
 def draw(results: dict[str, Any], path: pathlib.Path) -> pathlib.Path:

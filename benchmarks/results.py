@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from benchmarks import timing
+from jax_fp8._src.info import info
 
 FOLDER = pathlib.Path(__file__).with_name("results")
 
@@ -27,28 +28,13 @@ def _nvidia_smi() -> str | None:
     return None
 
 
-def _versions() -> dict[str, Any]:
-    try:
-        from jax_fp8._src.info import info
-    except ImportError:
-        from jax_fp8._src import ffi
-
-        versions: dict[str, Any] = {"jax": jax.__version__, "jaxlib": jax.lib.__version__}
-        try:
-            versions["cublaslt"] = ffi.cublaslt_version()
-        except RuntimeError as error:
-            versions["cublaslt"] = str(error)
-        return versions
-    return info()
-
-
 def environment() -> dict[str, Any]:
     """What the figures depend on: device, versions, and the method's own settings."""
     return {
         "device": jax.devices()[0].device_kind,
         "date_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "nvidia_smi": _nvidia_smi(),
-        "jax_fp8": _versions(),
+        "jax_fp8": info(),
         "method": {
             "rotated_bytes": timing.ROTATED_BYTES,
             "chain_us": timing.CHAIN_US,
@@ -90,3 +76,18 @@ def read(path: str | pathlib.Path) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{path} is no file of results: it lacks {', '.join(sorted(missing))}")
     return results
+
+
+def into_readme(name: str, table: str, readme: pathlib.Path) -> None:
+    """Puts the title and the first table of ``table`` between the marks of ``name``.
+
+    The marks are ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, so that no figure in the
+    README is written by hand.
+    """
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    before, mark, rest = readme.read_text().partition(begin)
+    _, second_mark, after = rest.partition(end)
+    if not mark or not second_mark:
+        raise ValueError(f"{readme} has no marks {begin} and {end}")
+    first = "\n\n".join(table.split("\n\n")[:2])
+    readme.write_text(f"{before}{begin}\n{first}\n{end}{after}")
