@@ -58,7 +58,6 @@ enum LayoutAttribute : int { kLayoutBatchCount = 5, kLayoutBatchStride = 6 };
 // cublasLtMatmulPreferenceAttributes_t
 enum PreferenceAttribute : int {
   kPrefMaxWorkspace = 1,
-  kPrefReductionSchemeMask = 3,
   kPrefMinAlignmentA = 5,
   kPrefMinAlignmentB = 6,
   kPrefMinAlignmentC = 7,
@@ -70,6 +69,7 @@ enum AlgoAttribute : int {
   kAlgoId = 0,
   kAlgoTile = 1,
   kAlgoSplitK = 2,
+  kAlgoReductionScheme = 3,
   kAlgoStages = 6,
   kAlgoCluster = 8,
 };
@@ -92,6 +92,9 @@ struct Api {
                                    Preference, int requested, HeuristicResult*, int* found);
   Status (*MatmulAlgoConfigGetAttribute)(const Algo*, int attribute, void*, size_t,
                                          size_t* written);
+  Status (*MatmulAlgoConfigSetAttribute)(Algo*, int attribute, const void*, size_t);
+  Status (*MatmulAlgoCheck)(Handle, MatmulDesc, Layout a, Layout b, Layout c, Layout d, const Algo*,
+                            HeuristicResult*);
   Status (*Matmul)(Handle, MatmulDesc, const void* alpha, const void* a, Layout, const void* b,
                    Layout, const void* beta, const void* c, Layout, void* d, Layout, const Algo*,
                    void* workspace, size_t workspace_size, void* stream);

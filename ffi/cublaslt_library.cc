@@ -61,6 +61,8 @@ bool load(Api& api, std::string* error) {
   JAX_FP8_FIND(MatmulPreferenceSetAttribute);
   JAX_FP8_FIND(MatmulAlgoGetHeuristic);
   JAX_FP8_FIND(MatmulAlgoConfigGetAttribute);
+  JAX_FP8_FIND(MatmulAlgoConfigSetAttribute);
+  JAX_FP8_FIND(MatmulAlgoCheck);
   JAX_FP8_FIND(Matmul);
 #undef JAX_FP8_FIND
   if (!missing.empty()) {

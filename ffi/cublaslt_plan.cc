@@ -50,6 +50,26 @@ bool split_is_safe(const Api& api, const Algo& algo, int64_t k) {
   return !affected || split <= 1 || k % (int64_t{split} * 16) == 0;
 }
 
+// The same algorithm without splitting K, if it exists.
+bool unsplit(const Api& api, const Plan& plan, HeuristicResult* candidate) {
+  Algo algo = candidate->algo;
+  const int32_t split = 1;
+  const uint32_t scheme = 0;  // No reduction.
+  Status status = api.MatmulAlgoConfigSetAttribute(&algo, kAlgoSplitK, &split, sizeof split);
+  status |= api.MatmulAlgoConfigSetAttribute(&algo, kAlgoReductionScheme, &scheme, sizeof scheme);
+  if (status != kSuccess) return false;
+  HeuristicResult checked{};
+  status =
+      api.MatmulAlgoCheck(plan.handle, plan.desc, plan.w, plan.x, plan.c, plan.d, &algo, &checked);
+  if (status != kSuccess || checked.state != kSuccess ||
+      static_cast<int64_t>(checked.workspace_size) > plan.given_workspace) {
+    return false;
+  }
+  *candidate = checked;
+  candidate->algo = algo;
+  return true;
+}
+
 std::string describe(const Api& api, const Algo& algo) {
   const auto get = [&](int attribute) {
     int64_t value = 0;  // The attributes are of 2 and 4 bytes.
@@ -96,7 +116,7 @@ Layout make_layout(const Api& api, Type type, int64_t rows, int64_t cols, int64_
 
 // Statuses are or-ed: any that is not kSuccess (0) shows. The heuristics look at the pointers: with
 // row scales and none set they find nothing.
-void make_plan(const Api& api, Handle handle, const Problem& key, const Pointers& at, Plan* plan) {
+void make_plan(const Api& api, const Problem& key, const Pointers& at, Plan* plan) {
   Status status = api.MatmulDescCreate(&plan->desc, kComputeF32, kTypeF32);
   if (status == kSuccess) {
     status |= set(api, plan->desc, kDescTransA, kOpT);
@@ -136,26 +156,27 @@ void make_plan(const Api& api, Handle handle, const Problem& key, const Pointers
   prefer(kPrefMinAlignmentC, static_cast<uint32_t>(key.d_alignment));
   prefer(kPrefMinAlignmentD, static_cast<uint32_t>(key.d_alignment));
 
-  for (const bool split_k : {true, false}) {
-    // Without a reduction scheme there is no splitting of K: a second try, for when each candidate
-    // of the first splits it in an unsafe way.
-    if (!split_k) prefer(kPrefReductionSchemeMask, uint32_t{0});
-    HeuristicResult found[kCandidates];
-    int count = 0;
-    if (status == kSuccess) {
-      status = api.MatmulAlgoGetHeuristic(handle, plan->desc, plan->w, plan->x, plan->c, plan->d,
-                                          preference, kCandidates, found, &count);
-    }
-    for (int i = 0; i < count && status == kSuccess && plan->algorithm.empty(); ++i) {
-      if (found[i].state != kSuccess || !split_is_safe(api, found[i].algo, key.k)) continue;
-      plan->algo = found[i].algo;
-      plan->workspace = static_cast<int64_t>(found[i].workspace_size);
-      plan->algorithm = describe(api, found[i].algo);
-    }
-    if (status != kSuccess || !plan->algorithm.empty()) break;
+  HeuristicResult found[kCandidates];
+  int count = 0;
+  if (status == kSuccess) {
+    status = api.MatmulAlgoGetHeuristic(plan->handle, plan->desc, plan->w, plan->x, plan->c,
+                                        plan->d, preference, kCandidates, found, &count);
+  }
+  if (status != kSuccess) count = 0;
+  const HeuristicResult* chosen = nullptr;
+  for (int i = 0; i < count && chosen == nullptr; ++i) {
+    if (found[i].state == kSuccess && split_is_safe(api, found[i].algo, key.k)) chosen = &found[i];
+  }
+  for (int i = 0; i < count && chosen == nullptr; ++i) {
+    if (found[i].state == kSuccess && unsplit(api, *plan, &found[i])) chosen = &found[i];
   }
   api.MatmulPreferenceDestroy(preference);
-  if (!plan->algorithm.empty()) return;
+  if (chosen != nullptr) {
+    plan->algo = chosen->algo;
+    plan->workspace = static_cast<int64_t>(chosen->workspace_size);
+    plan->algorithm = describe(api, chosen->algo);
+    return;
+  }
   plan->refusal = "cublasLt " + version_string(api.GetVersion()) + " has no algorithm for it" +
                   (status == kSuccess ? "" : std::string(": ") + api.GetStatusString(status));
 }
@@ -200,7 +221,7 @@ Plan* find_plan(const Api& api, const Problem& key, const Pointers& at, cudaStre
   plan = std::make_unique<Plan>();
   plan->handle = handle;
   plan->given_workspace = key.workspace;
-  make_plan(api, handle, key, at, plan.get());
+  make_plan(api, key, at, plan.get());
   return plan.get();
 }
 

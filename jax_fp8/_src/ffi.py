@@ -94,8 +94,15 @@ def register() -> None:
 
 
 def _result(like: jax.Array, shape: tuple[int, ...], dtype: Any) -> Any:
-    """A result type that keeps the mesh and the manual axes of the operand ``like``."""
-    return jax.typeof(like).update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False)
+    """A result type on the mesh and with the manual axes of the operand ``like``."""
+    type_ = jax.typeof(like)
+    spec = jax.sharding.PartitionSpec(*(None,) * len(shape))
+    return type_.update(
+        shape=shape,
+        dtype=jnp.dtype(dtype),
+        weak_type=False,
+        sharding=jax.sharding.NamedSharding(type_.sharding.mesh, spec),
+    )
 
 
 def quantize(

@@ -134,7 +134,7 @@ def check_scaled_array(op: str, name: str, x: Any) -> ScaledArray:
     want, got = scale_shape(x.shape, granularity), tuple(x.scale.shape)
     fits = want == got
     if granularity == "tensor" and len(want) == len(got):
-        stacked = (*x.shape[:-1], 1)
+        stacked = (*x.shape[:-1], 1)[: x.ndim]
         fits = all(g in (w, s) for g, w, s in zip(got, want, stacked, strict=True))
     if not fits:
         raise ValueError(

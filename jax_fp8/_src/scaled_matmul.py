@@ -305,8 +305,8 @@ def scaled_matmul(
         Hopper GPUs; elsewhere sums are always precise.
       output_scale: the float32 scalar ``s`` for FP8 output, whose data is the result divided by
         ``s``. Needed for an FP8 result and for no other.
-      return_amax: also return the amax of an FP8 result before it is divided and rounded. It is
-        not finite when a sum is not, even where relu made a finite value of that.
+      return_amax: also return the amax of an FP8 result before it is divided and rounded. An
+        infinite sum may leave it not finite even where relu made a finite value of that.
       implementation: ``"cublaslt"``, ``"decode"`` (16-bit tensor cores), ``"naive"``, ``"xla"``,
         or None for the best that the device and the shapes support. A named one runs or raises.
 

@@ -1,0 +1,219 @@
+"""The operations in numpy and float64 over the same FP8 bytes, and how far results may be off.
+
+Every tolerance of the tests comes from here; what is not rounded on the way is compared bitwise.
+"""
+
+import math
+
+import jax
+import ml_dtypes
+import numpy as np
+
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+E5M2 = np.dtype(ml_dtypes.float8_e5m2)
+F32, BF16, F16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
+FP8, WIDE = (E4M3, E5M2), (F32, BF16, F16)
+BLOCKS = ((1, 128), (128, 128))
+GRANULARITIES = ("tensor", "row", *BLOCKS)
+SMALLEST_NORMAL = np.float32(2.0**-126)
+
+
+def fp8_max(dtype):
+    return np.float32(ml_dtypes.finfo(dtype).max)
+
+
+def all_codes(dtype):
+    return np.arange(256, dtype=np.uint8).view(dtype)
+
+
+def finite_codes(dtype):
+    codes = all_codes(dtype)
+    return codes[np.isfinite(codes.astype(np.float32))]
+
+
+def random_codes(rng, shape, dtype):
+    return rng.choice(finite_codes(dtype), shape)
+
+
+# --- Scales ---------------------------------------------------------------------------------------
+
+
+def block_of(shape, granularity):
+    """Rows and columns that share a scale, for an array of rank 2 or more."""
+    whole = {"tensor": (None, shape[-1]), "row": (1, shape[-1])}
+    return whole.get(granularity, granularity)
+
+
+def scale_shape(shape, granularity):
+    if granularity == "tensor":
+        return (1,) * len(shape)
+    rows, columns = block_of(shape, granularity)
+    last = 1 if granularity == "row" else math.ceil(shape[-1] / columns)
+    if rows == 1:
+        return (*shape[:-1], last)
+    return (*shape[:-2], math.ceil(shape[-2] / rows), last)
+
+
+def expand(scale, shape, granularity):
+    """Repeats a scale for each element that it belongs to."""
+    scale = np.asarray(scale)
+    if isinstance(granularity, tuple):
+        scale = np.repeat(scale, granularity[1], axis=-1)[..., : shape[-1]]
+        if granularity[0] > 1:
+            scale = np.repeat(scale, granularity[0], axis=-2)[..., : shape[-2], :]
+    return np.broadcast_to(scale, shape)
+
+
+def amax(x, granularity):
+    """The largest magnitude under each scale, NaN where there is a NaN, 0 of nothing."""
+    x = np.abs(np.asarray(x).astype(np.float32))
+    out = np.zeros(scale_shape(x.shape, granularity), np.float32)
+    for index in np.ndindex(out.shape):
+        if granularity == "tensor":
+            part = x
+        elif granularity == "row":
+            part = x[index[:-1]]
+        else:
+            rows, columns = granularity
+            part = x[index[:-2]] if rows > 1 else x[index[:-1]]
+            part = part[..., index[-1] * columns : (index[-1] + 1) * columns]
+            if rows > 1:
+                part = part[index[-2] * rows : (index[-2] + 1) * rows]
+        out[index] = part.max(initial=0)
+    return out
+
+
+def dynamic_scale(amax, dtype):
+    scale = np.maximum(amax / fp8_max(dtype), SMALLEST_NORMAL)
+    return np.where(amax == 0, np.float32(1), np.where(np.isfinite(amax), scale, np.float32("nan")))
+
+
+def inverse(scale):
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        reciprocal = np.float32(1) / scale
+    return np.where(np.isfinite(scale) & np.isfinite(reciprocal), reciprocal, np.float32("nan"))
+
+
+def round_saturate(x, factor, dtype):
+    """``x * factor`` in float32, to nearest even, saturated; infinities become NaN."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = np.clip(x * factor, -fp8_max(dtype), fp8_max(dtype)).astype(np.float32)
+        return np.where(np.isinf(x), np.float32("nan"), scaled).astype(dtype)
+
+
+def quantize(x, dtype, granularity, scale=None):
+    """The data and the scale that quantize must give, bit for bit."""
+    x = np.asarray(x).astype(np.float32)
+    if scale is None:
+        scale = dynamic_scale(amax(x, granularity), dtype)
+    scale = np.asarray(scale, np.float32).reshape(scale_shape(x.shape, granularity))
+    return round_saturate(x, expand(inverse(scale), x.shape, granularity), dtype), scale
+
+
+def values(x):
+    """What a ScaledArray stands for, in float64."""
+    data = np.asarray(x.data).astype(np.float64)
+    return data * expand(np.asarray(x.scale, np.float64), data.shape, x.granularity)
+
+
+# --- Products -------------------------------------------------------------------------------------
+
+
+def activate(y, activation):
+    if activation == "relu":
+        return np.where(y < 0, 0.0, y)
+    if activation == "gelu":
+        return 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+    return y
+
+
+def product(x, w, bias=None, activation=None):
+    """``activation(x @ w.T + bias)`` in float64, and S: the sum of the magnitudes it is made of."""
+    a, b = values(x), np.swapaxes(values(w), -1, -2)
+    bias = 0.0 if bias is None else np.asarray(bias).astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return activate(a @ b + bias, activation), np.abs(a) @ np.abs(b)
+
+
+# What the sums may be off by, from the 13 fractional bits to which a Hopper tensor core aligns the
+# products of a step, and, where it accumulates fast, its accumulator too.
+
+
+def normal_error(expected, k, fast):
+    """For near-normal data: of the root mean square of the whole result."""
+    rms = np.sqrt(np.mean(np.square(expected)))
+    return (8e-4 * math.sqrt(k) if fast else 2e-3) * rms * np.ones_like(expected)
+
+
+def random_error(magnitudes, k, fast):
+    """For random data with heavy tails or of one sign: of each element's S."""
+    return (2e-3 + 2e-5 * k * fast) * magnitudes
+
+
+def arbitrary_error(magnitudes):
+    """For any data, accumulated precisely: one large product may hide 127 small ones."""
+    return 2.0**-6 * magnitudes
+
+
+def half_ulp(value, dtype):
+    info = ml_dtypes.finfo(dtype)
+    _, exponent = np.frexp(np.maximum(np.abs(value), float(info.smallest_normal)))
+    return np.ldexp(0.5, exponent - 1 - info.nmant)
+
+
+def epilogue_error(sums, error, activation=None, bias=None, hardware_tanh=False):
+    """``error`` after the bias and the activation, which round to float32 eight times at most.
+
+    Scales and bias take one each; gelu, whose slope is below 1.13, the other six, of numbers up to
+    the size of the bias and of the sum with it, ``sums``. The GPU's own tanh is off by up to 2^-11
+    of its value (PTX ISA, tanh.approx.f32), and gelu multiplies it by half of the sum.
+    """
+    sums = np.abs(np.where(np.isfinite(sums), sums, 0.0))
+    largest = sums + error
+    if bias is not None:
+        largest = largest + np.abs(np.asarray(bias).astype(np.float64))
+    error = error + 8 * 2.0**-24 * largest
+    if activation != "gelu":
+        return error
+    return 1.13 * error + hardware_tanh * 2.0**-12 * sums
+
+
+def assert_close(actual, expected, error, dtype=None):
+    """Holds ``error`` plus half an ulp of the output for each element; NaN and Inf must agree."""
+    actual = np.asarray(actual)
+    dtype = actual.dtype if dtype is None else dtype
+    actual, expected = actual.astype(np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    finite = np.isfinite(expected)
+    np.testing.assert_array_equal(actual[~finite], expected[~finite])
+    error = np.broadcast_to(error, expected.shape)[finite]
+    allowed = error + half_ulp(np.abs(expected[finite]) + error, dtype)
+    off = np.abs(actual[finite] - expected[finite])
+    worst = np.argmax(off - allowed) if off.size else 0
+    assert np.all(off <= allowed), (
+        f"{np.sum(~(off <= allowed))} of {off.size} elements are off by more than allowed; worst:"
+        f" {actual[finite][worst]} for {expected[finite][worst]}, allowed {allowed[worst]}"
+    )
+
+
+def assert_same_bits(actual, expected):
+    """Bitwise equality, where a NaN equals any NaN."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.dtype == expected.dtype, (actual.dtype, expected.dtype)
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    unsigned = np.dtype(f"u{actual.dtype.itemsize}")
+    nan = np.isnan(expected.astype(np.float32))
+    np.testing.assert_array_equal(np.isnan(actual.astype(np.float32)), nan)
+    different = (actual.view(unsigned) != expected.view(unsigned)) & ~nan
+    assert not different.any(), (
+        f"{different.sum()} of {different.size} elements differ, first at"
+        f" {np.argwhere(different)[0]}: {actual[different][0]} for {expected[different][0]}"
+    )
+
+
+def assert_same_trees(actual, expected):
+    """Bitwise equality of all leaves of two trees."""
+    actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
+        assert_same_bits(one, other)

@@ -1,0 +1,211 @@
+"""Meshes, on eight devices that the CPU pretends: each script runs in a process of its own."""
+
+import inspect
+import pathlib
+
+import pytest
+from cases import run_script
+
+EIGHT = {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "JAX_PLATFORMS": "cpu",
+}
+
+PREAMBLE = """
+import functools
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import jax_fp8
+import references as ref
+from cases import operand, scaled
+
+assert len(jax.devices()) == 8
+rng = np.random.default_rng(0)
+
+def put(x, mesh, *axes):
+    return jax.device_put(x, NamedSharding(mesh, P(*axes)))
+
+def message_of(function, *operands):
+    try:
+        function(*operands)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+"""
+
+
+def run(script):
+    here = str(pathlib.Path(__file__).parent)
+    code = f"import sys; sys.path.append({here!r})\n" + PREAMBLE + inspect.cleandoc(script)
+    return run_script(code, **EIGHT)
+
+
+@pytest.mark.parametrize("named", [("None", "None"), ("'kernel'", "'naive'")], ids=["xla", "naive"])
+def test_an_auto_mesh_gives_right_values(named):
+    """Sharded along M, N and K: XLA brings the parts of the operands together."""
+    run(
+        f"""
+        mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+        x = rng.integers(-3, 4, (16, 64)).astype(np.float32)
+        w = operand(rng, (24, 64), granularity="row")
+        w = scaled(rng.integers(-3, 4, (24, 64)).astype(ref.E4M3), 2.0 ** rng.integers(
+            -2, 3, (24, 1)).astype(np.float32), "row")
+
+        def multiply(x, data, scale):
+            xq = jax_fp8.quantize(
+                x, granularity="row", scale=jnp.ones((16, 1)), implementation={named[0]}
+            )
+            return jax_fp8.scaled_matmul(
+                xq, scaled(data, scale, "row"), implementation={named[1]},
+                preferred_element_type=jnp.float32,
+            )
+
+        want = np.asarray(multiply(x, w.data, w.scale))
+        expected, _ = ref.product(scaled(x, np.ones((16, 1), np.float32), "row"), w)
+        np.testing.assert_array_equal(want, expected)
+        for x_axes, w_axes in ((("a",), ()), ((), ("a",)), (("a",), ("b",)), ((None, "a"),) * 2):
+            scale_axes = w_axes[:1]
+            operands = (
+                put(x, mesh, *x_axes), put(w.data, mesh, *w_axes), put(w.scale, mesh, *scale_axes)
+            )
+            got = jax.jit(multiply)(*operands)
+            np.testing.assert_array_equal(got, want)
+            eager = multiply(*operands)
+            np.testing.assert_array_equal(eager, want)
+        """
+    )
+
+
+def test_a_sharded_operand_of_an_explicit_mesh_is_refused():
+    printed = run(
+        """
+        mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Explicit,))
+        jax.set_mesh(mesh)
+        x, w = jnp.ones((16, 64)), operand(rng, (24, 64), granularity="row")
+        print(message_of(jax_fp8.quantize, put(x, mesh, "a")))
+        print(message_of(jax.jit(jax_fp8.quantize), put(x, mesh, None, "a")))
+        xq = jax_fp8.quantize(x, granularity="row")
+        sharded = scaled(put(w.data, mesh, "a"), put(w.scale, mesh, "a"), "row")
+        print(message_of(jax_fp8.scaled_matmul, xq, sharded))
+        print(message_of(jax.jit(jax_fp8.matmul), x, sharded))
+        """
+    )
+    lines = printed.splitlines()
+    assert len(lines) == 4
+    for line, operation in zip(lines, ["quantize"] * 2 + ["scaled_matmul"] * 2, strict=True):
+        assert line.startswith(f"NotImplementedError: {operation}: operand ")
+        assert "sharded over an explicit mesh axis" in line and "jax.shard_map" in line
+
+
+@pytest.mark.parametrize("named", [("None", "None"), ("'kernel'", "'naive'")], ids=["xla", "naive"])
+def test_a_replicated_operand_of_an_explicit_mesh_is_taken(named):
+    run(
+        f"""
+        x, w = rng.standard_normal((16, 64)).astype(np.float32), operand(rng, (24, 64))
+
+        def multiply(x, w):
+            xq = jax_fp8.quantize(x, scale=0.01, implementation={named[0]})
+            y = jax_fp8.scaled_matmul(xq, w, implementation={named[1]})
+            return jax_fp8.quantize(y, granularity="row", implementation={named[0]})
+
+        want = jax.tree.map(np.asarray, multiply(x, w))
+        mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Explicit,))
+        jax.set_mesh(mesh)
+        operands = put(x, mesh), jax.tree.map(lambda leaf: put(leaf, mesh), w)
+        ref.assert_same_trees(multiply(*operands), want)
+        ref.assert_same_trees(jax.jit(multiply)(*operands), want)
+        """
+    )
+
+
+# Operands on one device, then on the mesh; what a test expects is computed in between.
+OPERANDS = """
+x = operand(rng, (6, 64), granularity="row")
+w = operand(rng, (32, 64), granularity="row")
+fp8 = dict(preferred_element_type=jnp.float8_e4m3fn, output_scale=0.5, return_amax=True)
+"""
+MESH = """
+mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.{axis_type},))
+jax.set_mesh(mesh)
+
+def sharded(function, in_specs, out_specs):
+    return jax.jit(jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=True
+    ))
+"""
+
+
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+@pytest.mark.parametrize("implementation", ["naive", "xla", None])
+def test_a_weight_that_is_sharded_inside_of_shard_map(axis_type, implementation):
+    printed = run(
+        OPERANDS
+        + f"""
+def multiply(x, w, **options):
+    return jax_fp8.scaled_matmul(x, w, implementation={implementation!r}, **options)
+
+parts = [scaled(w.data[i:i + 4], w.scale[i:i + 4], "row") for i in range(0, 32, 4)]
+want = np.concatenate([np.asarray(multiply(x, part)) for part in parts], axis=1)
+want_amax = np.stack([np.asarray(multiply(x, part, **fp8)[1]) for part in parts])
+"""
+        + MESH.format(axis_type=axis_type)
+        + """
+x = jax.tree.map(lambda leaf: put(leaf, mesh), x)
+w = jax.tree.map(lambda leaf: put(leaf, mesh, "a"), w)
+specs = (P(), P("a"))
+ref.assert_same_bits(sharded(multiply, specs, P(None, "a"))(x, w), want)
+
+def data_and_amax(x, w):
+    y, amax = multiply(x, w, **fp8)
+    return y.data, amax[None]
+
+data, amax = sharded(data_and_amax, specs, (P(None, "a"), P("a")))(x, w)
+assert data.shape == (6, 32)
+ref.assert_same_bits(amax, want_amax)
+
+# What differs from device to device may not be returned as if it were the same.
+print(message_of(sharded(multiply, specs, P()), x, w))
+print(message_of(sharded(lambda *xw: data_and_amax(*xw)[0], specs, P()), x, w))
+print(message_of(sharded(lambda *xw: data_and_amax(*xw)[1], specs, P()), x, w))
+"""
+    )
+    errors = [line for line in printed.splitlines() if "Error" in line or line == "no error"]
+    assert len(errors) == 3
+    for line in errors:
+        assert line.startswith("ValueError") and "out_specs" in line, line
+
+
+@pytest.mark.parametrize("implementation", ["kernel", "xla", None])
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_quantize_inside_of_shard_map(implementation, static):
+    printed = run(
+        f"""
+wide = rng.standard_normal((16, 64)).astype(np.float32)
+scales = np.exp(rng.standard_normal((8, 1))).astype(np.float32)
+
+def quantize(x, scale):
+    return jax_fp8.quantize(
+        x, scale=scale if {static} else None, implementation={implementation!r}
+    )
+
+"""
+        + MESH.format(axis_type="Explicit")
+        + f"""
+got = sharded(quantize, (P("a"), P("a")), P("a"))(put(wide, mesh, "a"), put(scales, mesh, "a"))
+assert got.scale.shape == (8, 1)
+for i in range(8):
+    data, scale = ref.quantize(
+        wide[2 * i:2 * i + 2], ref.E4M3, "tensor", scales[i] if {static} else None
+    )
+    ref.assert_same_bits(np.asarray(got.data)[2 * i:2 * i + 2], data)
+    ref.assert_same_bits(np.asarray(got.scale)[i:i + 1], scale)
+replicated = sharded(lambda x, scale: quantize(x, scale).data, (P(), P("a")), P())
+print(message_of(replicated, put(wide, mesh), put(scales, mesh, "a")))
+"""
+    )
+    # Dynamic scales of the same x are the same; given ones that differ make the data differ.
+    if static:
+        assert printed.startswith("ValueError") and "out_specs" in printed
+    else:
+        assert printed.strip() == "no error"
