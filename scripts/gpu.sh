@@ -56,10 +56,11 @@ run_sanitize() {
   : >"$out/sanitize.log"
   for tool in memcheck racecheck initcheck synccheck; do
     # The platform's allocator makes one allocation of each buffer, so that an access beyond a
-    # buffer is one that memcheck sees.
+    # buffer is one that memcheck sees. compute-sanitizer itself crashes (seen with 2025.3) when
+    # kernels of cublasLt run in captured graphs, so XLA makes none here.
     {
       echo "--- $tool ---"
-      installed XLA_PYTHON_CLIENT_ALLOCATOR=platform \
+      installed XLA_PYTHON_CLIENT_ALLOCATOR=platform XLA_FLAGS=--xla_gpu_enable_command_buffer= \
         "${COMPUTE_SANITIZER:-compute-sanitizer}" --tool "$tool" --error-exitcode 1 \
         "$python" tests/sanitize.py
     } 2>&1 | tee -a "$out/sanitize.log" || status=1

@@ -40,14 +40,23 @@ def test_round_trip(rng, serialized):
     if serialized:
         pytest.importorskip("flatbuffers", reason="jax.export serializes with flatbuffers")
     x, w = jnp.asarray(sample(rng, "normal", (9, 40))), operand(rng, (13, 40))
-
-    def function(x, data, scale):
-        return quantize_and_multiply(x, scaled(data, scale))
-
-    program = exported(function, x, w.data, w.scale, platform="cpu")
+    program = exported(quantize_and_multiply, x, w, platform="cpu")
     again = export.deserialize(program.serialize()) if serialized else program
     assert again.platforms == ("cpu",)
-    ref.assert_same_bits(again.call(x, w.data, w.scale), quantize_and_multiply(x, w))
+    ref.assert_same_bits(again.call(x, w), quantize_and_multiply(x, w))
+
+
+@pytest.mark.parametrize("granularity", ref.GRANULARITIES, ids=pair_id)
+def test_a_scaled_array_of_a_serialized_program_keeps_its_granularity(rng, granularity):
+    on_the_cpu()
+    pytest.importorskip("flatbuffers", reason="jax.export serializes with flatbuffers")
+    x = jnp.asarray(sample(rng, "normal", (130, 40)))
+    program = exported(
+        lambda x: jax_fp8.quantize(x, granularity=granularity), x, platform="cpu"
+    ).serialize()
+    got = export.deserialize(program).call(x)
+    assert got.granularity == granularity
+    ref.assert_same_trees(got, jax_fp8.quantize(x, granularity=granularity))
 
 
 def test_a_process_that_only_loads_a_program_registers_first(rng, tmp_path):

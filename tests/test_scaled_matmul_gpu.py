@@ -124,7 +124,7 @@ def test_what_has_no_tensor_cores_runs_the_naive_kernel(rng, forced_capability):
     forced_capability(70)
     x, w = operand(rng, (4, 32)), operand(rng, (8, 32))
     assert multiply_and_plan(x, w)[1]["implementation"] == "naive"
-    with pytest.raises(jax.errors.JaxRuntimeError, match="16-bit tensor cores begin with 7.5"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="begin with compute capability 7.5"):
         jax_fp8.scaled_matmul(x, w, implementation="decode").block_until_ready()
 
 

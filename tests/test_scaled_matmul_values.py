@@ -198,8 +198,12 @@ def test_every_pair_of_types_with_finer_scales(implementation, rng, pair, granul
     ids=lambda scale: f"{scale:.0e}",
 )
 def test_tiny_and_huge_scales(implementation, rng, granularity, x_scale, w_scale):
-    if implementation == "xla" and jax.default_backend() == "cpu" and x_scale == 2.0**-126:
-        pytest.skip("XLA's CPU backend takes the subnormal values among x's as zero")
+    if (
+        implementation == "xla"
+        and jax.default_backend() == "cpu"
+        and isinstance(granularity, tuple)
+    ):
+        pytest.skip("of block scales XLA makes values, and a CPU takes subnormal ones as zero")
     data = [ref.random_codes(rng, shape, ref.E4M3) for shape in ((9, 144), (16, 144))]
     x, w = (
         scaled(d, np.full(ref.scale_shape(d.shape, granularity), s, np.float32), granularity)

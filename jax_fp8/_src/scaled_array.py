@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from typing import Any, Literal
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 Granularity = Literal["tensor", "row"] | tuple[int, int]
@@ -54,6 +56,16 @@ class ScaledArray:
     def dtype(self) -> jnp.dtype:
         """The FP8 dtype of ``data``."""
         return jnp.dtype(self.data.dtype)
+
+
+jax.export.register_pytree_node_serialization(
+    ScaledArray,
+    serialized_name="jax_fp8.ScaledArray",
+    serialize_auxdata=lambda static: json.dumps(static).encode(),
+    deserialize_auxdata=lambda data: tuple(
+        tuple(field) if isinstance(field, list) else field for field in json.loads(data)
+    ),
+)
 
 
 def fp8_max(dtype: Any) -> float:

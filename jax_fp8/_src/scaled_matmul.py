@@ -116,11 +116,19 @@ def _reference(
 
     Without a bias, or an FP8 result, their operands are placeholders, and so is the amax.
     """
-    wide_x = x.astype(jnp.float32) * expand_scale(x_scale, x.shape, config.x_granularity)
-    wide_w = w.astype(jnp.float32) * expand_scale(w_scale, w.shape, config.w_granularity)
+    wide_x, wide_w = x.astype(jnp.float32), w.astype(jnp.float32)
+    blocks = isinstance(config.x_granularity, tuple) or isinstance(config.w_granularity, tuple)
+    if blocks:
+        wide_x = wide_x * expand_scale(x_scale, x.shape, config.x_granularity)
+        wide_w = wide_w * expand_scale(w_scale, w.shape, config.w_granularity)
     y = lax.dot_general(
         wide_x, wide_w, (((2,), (2,)), ((0,), (0,))), precision=lax.Precision.HIGHEST
     )
+    if not blocks:
+        # After the product, the larger scale first: what leaves float32's range then is infinite,
+        # and no value is lost below it.
+        w_scale = w_scale.mT
+        y = y * jnp.maximum(x_scale, w_scale) * jnp.minimum(x_scale, w_scale)
     if config.has_bias:
         y = y + bias.astype(jnp.float32)
     y = _activate(y, config.activation)
