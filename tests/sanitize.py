@@ -2,9 +2,10 @@
 
 A program for compute-sanitizer, which makes kernels many times slower:
 
-  compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitize.py
+  compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitize.py [WHAT ...]
 
-It exits with 1 when a number is wrong. On a CPU it runs the loops of the host.
+WHAT is "quantize" or an implementation of the product; all of them if nothing is said. It exits
+with 1 when a number is wrong. On a CPU it runs the loops of the host.
 """
 
 import itertools
@@ -171,9 +172,17 @@ def check_edges(implementation):
     return 4
 
 
-def main():
-    groups = [(f"quantize {g}", check_quantize, (g,)) for g in ref.GRANULARITIES]
+def main(chosen):
+    unknown = set(chosen) - {"quantize", *implementations()}
+    if unknown:
+        print(f"unknown: {', '.join(unknown)}", file=sys.stderr)
+        return 2
+    groups = []
+    if not chosen or "quantize" in chosen:
+        groups = [(f"quantize {g}", check_quantize, (g,)) for g in ref.GRANULARITIES]
     for implementation in implementations():
+        if chosen and implementation not in chosen:
+            continue
         for pair in itertools.product(ref.FP8, ref.FP8):
             name = f"scaled_matmul {implementation} {pair[0]} x {pair[1]}"
             groups.append((name, check_product, (implementation, pair)))
@@ -190,4 +199,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -15,7 +15,7 @@ pytest.importorskip("tqdm")
 sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
 
 from benchmarks import __main__ as program
-from benchmarks import gemm, heuristic, plots, quantize, results, tables, targets, timing
+from benchmarks import accuracy, gemm, heuristic, plots, quantize, results, tables, targets, timing
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -213,3 +213,32 @@ def test_cublaslt_from_cpp():
         pytest.skip(str(error))
     (row,) = heuristic.run([(16, 256, 512, 4, 2)])
     assert 0 < row["cpp_best"]["us"] <= row["cpp_first"]["us"]
+
+
+def test_accuracy_runs(tmp_path):
+    assert program.main(["accuracy", "--shapes", "smoke", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*-accuracy.json")
+    rows = results.read(path)["rows"]
+    assert {(row["k"], row["data"]) for row in rows} == {
+        (k, data) for k in accuracy.K["smoke"] for data in accuracy.DATA
+    }
+    # The additions of K float32 values.
+    assert all(0 < row["rms_error_over_rms"] < row["k"] * 2.0**-24 for row in rows)
+    assert path.with_suffix(".png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize("name", program.BENCHMARKS)
+def test_the_tables_of_the_readme_are_those_of_the_results(name, tmp_path):
+    (path,) = results.FOLDER.glob(f"*-{name}.json")
+    readme = program.ROOT / "README.md"
+    again = tmp_path / "README.md"
+    again.write_text(readme.read_text())
+    results.into_readme(name, program.BENCHMARKS[name].table(results.read(path)["rows"]), again)
+    assert again.read_text() == readme.read_text()
+
+
+def test_a_readme_without_marks_is_refused(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("nothing here")
+    with pytest.raises(ValueError, match="no marks <!-- begin gemm -->"):
+        results.into_readme("gemm", "title", readme)
