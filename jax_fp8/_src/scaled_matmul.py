@@ -437,9 +437,9 @@ def matmul(
         arrays. Otherwise as ``quantize`` and ``scaled_matmul``.
 
     >>> import jax.numpy as jnp, jax_fp8
-    >>> w = jax_fp8.quantize(jnp.ones((3, 16)), granularity="row")
-    >>> jax_fp8.matmul(jnp.ones((2, 16)), w, granularity="row").tolist()
-    [[16.0, 16.0, 16.0], [16.0, 16.0, 16.0]]
+    >>> x, w = 7 * jnp.ones((2, 16)), jax_fp8.quantize(7 * jnp.ones((3, 16)), granularity="row")
+    >>> jax_fp8.matmul(x, w, granularity="row").tolist()
+    [[784.0, 784.0, 784.0], [784.0, 784.0, 784.0]]
     """
     op = "matmul"
     if isinstance(x, ScaledArray):
