@@ -13,17 +13,6 @@ __host__ __device__ inline float apply_scales(float sum, float x_scale, float w_
   return static_cast<float>(static_cast<double>(sum) * x_scale * w_scale);
 }
 
-__host__ __device__ inline float load_as_float(const void* data, Type type, int64_t index) {
-  switch (type) {
-    case Type::kBF16:
-      return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[index]);
-    case Type::kF16:
-      return __half2float(static_cast<const __half*>(data)[index]);
-    default:
-      return static_cast<const float*>(data)[index];
-  }
-}
-
 // Bias and activation of column n. NaN stays NaN in both activations.
 __host__ __device__ inline float finish(const Product& p, float value, int64_t n) {
   if (p.bias != nullptr) value += load_as_float(p.bias, p.bias_type, n);

@@ -168,4 +168,16 @@ struct Native<Type::kF16> {
   __host__ __device__ static __half store(float value) { return __float2half(value); }
 };
 
+// An element of a wide array, whose type is known at run time alone.
+__host__ __device__ inline float load_as_float(const void* data, Type type, int64_t index) {
+  switch (type) {
+    case Type::kBF16:
+      return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[index]);
+    case Type::kF16:
+      return __half2float(static_cast<const __half*>(data)[index]);
+    default:
+      return static_cast<const float*>(data)[index];
+  }
+}
+
 }  // namespace jax_fp8

@@ -13,17 +13,6 @@ namespace {
 
 constexpr char kName[] = "jax_fp8_quantize";
 
-float load(const void* x, Type type, int64_t index) {
-  switch (type) {
-    case Type::kBF16:
-      return __bfloat162float(static_cast<const __nv_bfloat16*>(x)[index]);
-    case Type::kF16:
-      return __half2float(static_cast<const __half*>(x)[index]);
-    default:
-      return static_cast<const float*>(x)[index];
-  }
-}
-
 xffi::Error make(xffi::AnyBuffer x, xffi::AnyBuffer given, xffi::Result<xffi::AnyBuffer> data,
                  xffi::Result<xffi::AnyBuffer> scale, xffi::Result<xffi::AnyBuffer> amax,
                  int64_t block_rows, int64_t block_cols, Quantize* q) {
@@ -143,7 +132,7 @@ void quantize_host(const Quantize& q) {
         };
         uint32_t bits = 0;  // As integers, where a NaN is the largest.
         each([&](int64_t i) {
-          bits = std::max(bits, float_bits(load(q.x, q.x_type, i)) & 0x7fffffffu);
+          bits = std::max(bits, float_bits(load_as_float(q.x, q.x_type, i)) & 0x7fffffffu);
         });
         const float amax = bits_float(bits);
         const float scale = q.given != nullptr ? q.given[index] : dynamic_scale(amax, q.data_type);
@@ -151,7 +140,7 @@ void quantize_host(const Quantize& q) {
         if (q.amax != nullptr) q.amax[index] = amax;
         const float inverse = inverse_scale(scale);
         each([&](int64_t i) {
-          const float value = load(q.x, q.x_type, i);
+          const float value = load_as_float(q.x, q.x_type, i);
           q.data[i] = q.data_type == Type::kE4M3 ? quantize_value<Type::kE4M3>(value, inverse)
                                                  : quantize_value<Type::kE5M2>(value, inverse);
         });

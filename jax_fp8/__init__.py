@@ -6,11 +6,12 @@ kernels where the GPU has them, and ``plans`` tells what ran.
 
 from jax_fp8._src.ffi import VERSION as __version__
 from jax_fp8._src.ffi import register
+from jax_fp8._src.matmul import matmul
 from jax_fp8._src.plans import clear_plans, plans
 from jax_fp8._src.quantize import dequantize, quantize
 from jax_fp8._src.recipe import Operand, Recipe
 from jax_fp8._src.scaled_array import ScaledArray
-from jax_fp8._src.scaled_matmul import matmul, scaled_matmul
+from jax_fp8._src.scaled_matmul import scaled_matmul
 
 __all__ = [
     "Operand",
