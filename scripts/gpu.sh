@@ -55,7 +55,7 @@ run_sanitize() {
   local tool what status=0
   : >"$out/sanitize.log"
   for tool in memcheck racecheck initcheck synccheck; do
-    # cublasLt apart: over its kernels compute-sanitizer 2025.3 itself crashes more often than not,
+    # cublasLt apart: over its kernels the compute-sanitizer of CUDA 13.0 crashes more often than not,
     # and more often where they run in captured graphs, so XLA makes none here.
     for what in "quantize decode naive" cublaslt; do
       # The platform's allocator makes one allocation of each buffer, so that an access beyond a
