@@ -88,6 +88,17 @@ inline xffi::Error from_cuda(const char* operation, cudaError_t error) {
   return xffi::Error(xffi::ErrorCode::kInternal, message);
 }
 
+// The compute capability of a device, as 90 for 9.0.
+inline cudaError_t device_capability(int ordinal, int* capability) {
+  int major = 0, minor = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, ordinal);
+  }
+  *capability = 10 * major + minor;
+  return error;
+}
+
 // Runs a handler's body; nothing is thrown across XLA's boundary.
 template <typename Body>
 xffi::Error guarded(const char* operation, Body body) {

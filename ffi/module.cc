@@ -42,15 +42,12 @@ std::string cublaslt_version() {
 }
 
 int compute_capability(int ordinal) {
-  int major = 0, minor = 0;
-  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, ordinal);
-  }
+  int capability = 0;
+  const cudaError_t error = device_capability(ordinal, &capability);
   if (error != cudaSuccess) {
     throw std::runtime_error(from_cuda("compute_capability", error).message());
   }
-  return 10 * major + minor;
+  return capability;
 }
 
 nb::list journal_entries() {

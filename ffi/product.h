@@ -21,7 +21,6 @@ struct Operand {
   Type type;
   int block_rows;
   int block_cols;
-  int64_t scale_rows;   // Scales along the rows of one batch entry.
   int64_t scale_cols;   // Scales along K.
   int64_t scale_batch;  // Distance between the scales of batch entries, 0 if they share them.
 

@@ -52,7 +52,6 @@ xffi::Error make_operand(const char* name, const xffi::AnyBuffer& data,
   operand->scale = static_cast<const float*>(scale.untyped_data());
   operand->block_rows = static_cast<int>(block_rows);
   operand->block_cols = static_cast<int>(block_cols);
-  operand->scale_rows = rows;
   operand->scale_cols = cols;
   operand->scale_batch = got[0] == 1 ? 0 : rows * cols;
   return xffi::Error::Success();
@@ -156,18 +155,6 @@ xffi::Error run_on_cpu(const Arguments& a) {
   });
 }
 
-// The compute capability as 90 for 9.0: of the device, or the one that the call pretends.
-cudaError_t find_capability(const Arguments& a, int ordinal, int* capability) {
-  *capability = static_cast<int>(a.capability);
-  if (*capability != 0) return cudaSuccess;
-  int major = 0, minor = 0;
-  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, ordinal);
-  *capability = 10 * major + minor;
-  return error;
-}
-
 // Both stages see the same arguments: the first makes cublasLt's plans, the second runs.
 enum class Stage { kInitialize, kExecute };
 
@@ -183,8 +170,10 @@ xffi::Error run_on_cuda(Stage stage, cudaStream_t stream, int32_t ordinal, const
                   a.workspace.untyped_data(),
                   static_cast<int64_t>(a.workspace.element_count()),
                   stream};
-    if (auto error = find_capability(a, ordinal, &call.capability); error != cudaSuccess) {
-      return from_cuda(kName, error);
+    call.capability = static_cast<int>(a.capability);  // One that the call pretends, or 0.
+    if (call.capability == 0) {
+      const cudaError_t error = device_capability(ordinal, &call.capability);
+      if (error != cudaSuccess) return from_cuda(kName, error);
     }
     const bool any = a.implementation.empty();
     const bool execute = stage == Stage::kExecute;

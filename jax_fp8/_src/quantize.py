@@ -95,10 +95,9 @@ def _kernel(
         rows, columns = (own[-2] if len(own) > 1 else 1), own[-1]
         if block_shape(config.granularity)[0] == 1:  # rows know nothing of each other
             shape3 = (1, count * leading * rows, columns)
-            scale3 = scale_shape(shape3, config.granularity)
         else:
             shape3 = (count * leading, rows, columns)
-            scale3 = scale_shape(shape3, config.granularity)
+        scale3 = scale_shape(shape3, config.granularity)
     data, new_scale, amax = ffi.quantize(
         x.reshape(shape3),
         scale.reshape(scale3) if config.static else None,
