@@ -177,7 +177,9 @@ std::string describe(const lt::Algo& algo) {
   };
   return "id " + get(lt::kAlgoId) + ", tile " + get(lt::kAlgoTile) + ", stages " +
          get(lt::kAlgoStages) + ", cluster " + get(lt::kAlgoCluster) + ", split-k " +
-         get(lt::kAlgoSplitK);
+         get(lt::kAlgoSplitK) + ", reduction " + get(lt::kAlgoReductionScheme) + ", swizzle " +
+         get(lt::kAlgoSwizzle) + ", custom " + get(lt::kAlgoCustom) + ", inner " +
+         get(lt::kAlgoInnerShape);
 }
 
 void print_timing(const char* name, const bench::Timing& t, int calls, const lt::Algo& algo) {

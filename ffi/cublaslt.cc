@@ -131,9 +131,6 @@ Problem make_problem(const Call& call, const Route& route, const Pointers& at, i
   key.scaled = at.x_scale != nullptr;
   key.out_scale = at.out_scale != nullptr;
   key.fast = p.fast;
-  key.x_alignment = alignment_of(at.x);
-  key.w_alignment = alignment_of(at.w);
-  key.d_alignment = alignment_of(at.d);
   key.workspace = route.gemm_size;
   return key;
 }
@@ -182,8 +179,8 @@ Result prepare_route(const Api& api, const Call& call, const Route& route) {
       call, route,
       [&](int64_t, int64_t count_b, int64_t, int64_t rows, const Pointers& at) -> Result {
         std::string reason;
-        const Plan* plan =
-            find_plan(api, make_problem(call, route, at, count_b, rows), at, call.stream, &reason);
+        const auto plan = find_plan(api, make_problem(call, route, at, count_b, rows), at,
+                                    call.stream, call.initializing, &reason);
         if (plan == nullptr) return failed(reason);
         if (!refusal(*plan).empty()) return {Outcome::kUnsupported, refusal(*plan)};
         return {Outcome::kDone, ""};
@@ -225,13 +222,15 @@ Result run_route(const Api& api, const Call& call, const Route& route, Ran* ran)
       call, route,
       [&](int64_t b, int64_t count_b, int64_t row, int64_t rows, const Pointers& at) -> Result {
         std::string reason;
-        Plan* plan =
-            find_plan(api, make_problem(call, route, at, count_b, rows), at, call.stream, &reason);
+        const auto plan = find_plan(api, make_problem(call, route, at, count_b, rows), at,
+                                    call.stream, call.initializing, &reason);
         if (plan == nullptr) return failed(reason);
-        reason = multiply(api, plan, at, workspace + route.gemm, call.stream);
+        reason = multiply(api, plan.get(), at, workspace + route.gemm, call.stream);
         if (!reason.empty()) return failed(reason);
         ran->algorithm = algorithm(*plan);
         ran->workspace = lt::workspace(*plan);
+        ran->choice = choice(*plan);
+        ran->candidates = candidates(*plan);
         if (!route.raw) return {Outcome::kDone, ""};
         return from_cuda(
             finish_raw(p, static_cast<const float*>(at.d), b, count_b, row, rows, call.stream));
@@ -242,13 +241,14 @@ Result run_route(const Api& api, const Call& call, const Route& route, Ran* ran)
   return result;
 }
 
-// The call with its workspace aligned by hand: JAX's buffers need not be.
+// The call with its workspace aligned by hand: JAX's buffers need not be. What is left is the same
+// wherever it starts, for a plan depends on it.
 Call align_workspace(Call call) {
   const auto address = reinterpret_cast<uintptr_t>(call.workspace);
   const int64_t skipped =
       align_up(static_cast<int64_t>(address), 256) - static_cast<int64_t>(address);
   call.workspace = static_cast<uint8_t*>(call.workspace) + skipped;
-  call.workspace_size = (call.workspace_size - skipped) / 256 * 256;
+  call.workspace_size = (call.workspace_size - 255) / 256 * 256;
   return call;
 }
 
@@ -258,8 +258,10 @@ Result prepare(const Call& call) {
   std::string error;
   const Api* api = library(&error);
   if (api == nullptr) return failed(error);
+  Call aligned = align_workspace(call);
+  aligned.initializing = true;
   Route route;
-  return choose_route(*api, align_workspace(call), &route);
+  return choose_route(*api, aligned, &route);
 }
 
 Result run(const Call& call, Ran* ran) {

@@ -20,6 +20,8 @@ struct Ran {
   std::string algorithm;
   int64_t workspace = 0;
   std::string version;
+  std::string choice;  // How the algorithm was chosen, and from how many.
+  int64_t candidates = 0;
 };
 
 struct Call {
@@ -29,6 +31,7 @@ struct Call {
   void* workspace;
   int64_t workspace_size;
   cudaStream_t stream;
+  bool initializing = false;  // Plans are made with all care, or in a hurry.
 };
 
 // Makes the plans of a call, which may not happen while a graph is being captured.

@@ -47,6 +47,7 @@ enum DescAttribute : int {
   kDescAScaleMode = 31,
   kDescBScaleMode = 32,
 };
+constexpr int32_t kScaleScalar = 0;
 constexpr int32_t kScaleOuterVec = 3;  // One scale for each row of A and each column of B.
 
 // cublasLtEpilogue_t: flags that add up.
@@ -70,7 +71,10 @@ enum AlgoAttribute : int {
   kAlgoTile = 1,
   kAlgoSplitK = 2,
   kAlgoReductionScheme = 3,
+  kAlgoSwizzle = 4,
+  kAlgoCustom = 5,
   kAlgoStages = 6,
+  kAlgoInnerShape = 7,
   kAlgoCluster = 8,
 };
 

@@ -1,28 +1,45 @@
 #include "ffi/cublaslt_plan.h"
 
+#include <cmath>
 #include <map>
-#include <memory>
 #include <mutex>
+#include <optional>
+#include <utility>
+#include <vector>
 
+#include "ffi/cublaslt_candidates.h"
 #include "ffi/cublaslt_library.h"
+#include "ffi/cublaslt_timing.h"
+#include "ffi/plan_table.h"
 
 namespace jax_fp8::lt {
 
 struct Plan {
-  Handle handle = nullptr;
+  Plan(const Api& api, Handle handle, int64_t given_workspace)
+      : api(api), handle(handle), given_workspace(given_workspace) {}
+  ~Plan() {
+    if (desc != nullptr) api.MatmulDescDestroy(desc);
+    for (const Layout layout : {w, x, d, c}) {
+      if (layout != nullptr) api.MatrixLayoutDestroy(layout);
+    }
+  }
+
+  const Api& api;
+  Handle handle;
   std::mutex mutex;  // Of the descriptor, which carries the pointers of a call.
   MatmulDesc desc = nullptr;
   Layout w = nullptr, x = nullptr, d = nullptr, c = nullptr;
   Algo algo{};
-  int64_t workspace = 0;        // That the algorithm asks for.
-  int64_t given_workspace = 0;  // That it may have.
+  int64_t workspace = 0;    // That the algorithm asks for.
+  int64_t given_workspace;  // That it may have.
   std::string algorithm;
-  std::string refusal;  // Why there is no algorithm; empty when there is one.
+  std::string choice;
+  int64_t candidates = 0;
+  int64_t generation = 0;  // Of the choices that it was made from.
+  std::string refusal;     // Why there is no algorithm; empty when there is one.
 };
 
 namespace {
-
-constexpr int kCandidates = 8;
 
 int lt_type(Type type) {
   switch (type) {
@@ -40,47 +57,19 @@ int lt_type(Type type) {
   return -1;
 }
 
-// Splitting K unevenly gave wrong results (releases 12.6.3 to 13.4).
-bool split_is_safe(const Api& api, const Algo& algo, int64_t k) {
-  int32_t split = 0;
-  size_t written = 0;
-  api.MatmulAlgoConfigGetAttribute(&algo, kAlgoSplitK, &split, sizeof split, &written);
-  const size_t version = api.GetVersion();
-  const bool affected = version >= 120603 && version < 130500;
-  return !affected || split <= 1 || k % (int64_t{split} * 16) == 0;
-}
-
-// The same algorithm without splitting K, if it exists.
-bool unsplit(const Api& api, const Plan& plan, HeuristicResult* candidate) {
-  Algo algo = candidate->algo;
-  const int32_t split = 1;
-  const uint32_t scheme = 0;  // No reduction.
-  Status status = api.MatmulAlgoConfigSetAttribute(&algo, kAlgoSplitK, &split, sizeof split);
-  status |= api.MatmulAlgoConfigSetAttribute(&algo, kAlgoReductionScheme, &scheme, sizeof scheme);
-  if (status != kSuccess) return false;
-  HeuristicResult checked{};
-  status =
-      api.MatmulAlgoCheck(plan.handle, plan.desc, plan.w, plan.x, plan.c, plan.d, &algo, &checked);
-  if (status != kSuccess || checked.state != kSuccess ||
-      static_cast<int64_t>(checked.workspace_size) > plan.given_workspace) {
-    return false;
+// All of a problem but the device's ordinal, for the table of choices.
+std::string describe(const Problem& key) {
+  std::string text = "(" + std::to_string(key.batch) + ", " + std::to_string(key.m) + ", " +
+                     std::to_string(key.n) + ", " + std::to_string(key.k) + ") " +
+                     type_name(key.x) + " " + type_name(key.w) + " " + type_name(key.d);
+  if (key.has_bias) text += std::string(", bias ") + type_name(key.bias);
+  if (key.activation != Activation::kNone) {
+    text += key.activation == Activation::kRelu ? ", relu" : ", gelu";
   }
-  *candidate = checked;
-  candidate->algo = algo;
-  return true;
-}
-
-std::string describe(const Api& api, const Algo& algo) {
-  const auto get = [&](int attribute) {
-    int64_t value = 0;  // The attributes are of 2 and 4 bytes.
-    size_t written = 0;
-    if (api.MatmulAlgoConfigGetAttribute(&algo, attribute, &value, 4, &written) != kSuccess) {
-      api.MatmulAlgoConfigGetAttribute(&algo, attribute, &value, 2, &written);
-    }
-    return std::to_string(value);
-  };
-  return "id " + get(kAlgoId) + ", tile " + get(kAlgoTile) + ", stages " + get(kAlgoStages) +
-         ", cluster " + get(kAlgoCluster) + ", split-k " + get(kAlgoSplitK);
+  text += !key.scaled ? ", no scales" : key.vectors ? ", row scales" : ", tensor scales";
+  if (key.out_scale) text += ", output scale";
+  text += key.fast ? ", fast" : ", precise";
+  return text + ", workspace " + std::to_string(key.workspace);
 }
 
 template <typename T>
@@ -116,7 +105,8 @@ Layout make_layout(const Api& api, Type type, int64_t rows, int64_t cols, int64_
 
 // Statuses are or-ed: any that is not kSuccess (0) shows. The heuristics look at the pointers: with
 // row scales and none set they find nothing.
-void make_plan(const Api& api, const Problem& key, const Pointers& at, Plan* plan) {
+std::vector<Candidate> describe_and_ask(const Api& api, const Problem& key, const Pointers& at,
+                                        Plan* plan) {
   Status status = api.MatmulDescCreate(&plan->desc, kComputeF32, kTypeF32);
   if (status == kSuccess) {
     status |= set(api, plan->desc, kDescTransA, kOpT);
@@ -141,56 +131,117 @@ void make_plan(const Api& api, const Problem& key, const Pointers& at, Plan* pla
   // C is not read, but its type must be one that goes with an FP8 D.
   plan->c = make_layout(api, is_fp8(key.d) ? Type::kBF16 : key.d, key.n, key.m, key.batch,
                         key.n * key.m, &status);
-  Preference preference = nullptr;
-  status |= api.MatmulPreferenceCreate(&preference);
   if (status != kSuccess) {
     plan->refusal = std::string("cublasLt refuses the description: ") + api.GetStatusString(status);
-    return;
+    return {};
   }
-  const auto prefer = [&](PreferenceAttribute attribute, auto value) {
-    status |= api.MatmulPreferenceSetAttribute(preference, attribute, &value, sizeof value);
-  };
-  prefer(kPrefMaxWorkspace, static_cast<uint64_t>(key.workspace));
-  prefer(kPrefMinAlignmentA, static_cast<uint32_t>(key.w_alignment));
-  prefer(kPrefMinAlignmentB, static_cast<uint32_t>(key.x_alignment));
-  prefer(kPrefMinAlignmentC, static_cast<uint32_t>(key.d_alignment));
-  prefer(kPrefMinAlignmentD, static_cast<uint32_t>(key.d_alignment));
+  return find_candidates(api,
+                         {plan->handle, plan->desc, plan->w, plan->x, plan->c, plan->d, key.m,
+                          key.k, key.workspace, key.vectors},
+                         &plan->refusal);
+}
 
-  HeuristicResult found[kCandidates];
-  int count = 0;
+void take(const Candidate& candidate, const std::string& choice, Plan* plan) {
+  plan->algo = candidate.algo;
+  plan->workspace = candidate.workspace;
+  plan->algorithm = candidate.name;
+  plan->choice = choice;
+}
+
+std::string run_algorithm(const Api& api, const Plan& plan, const Algo& algo, const Pointers& at,
+                          void* workspace, cudaStream_t stream) {
+  const float one = 1.0f, zero = 0.0f;
+  Status status = set_pointers(api, plan.desc, at);
   if (status == kSuccess) {
-    status = api.MatmulAlgoGetHeuristic(plan->handle, plan->desc, plan->w, plan->x, plan->c,
-                                        plan->d, preference, kCandidates, found, &count);
+    status = api.Matmul(plan.handle, plan.desc, &one, at.w, plan.w, at.x, plan.x, &zero, nullptr,
+                        plan.c, at.d, plan.d, &algo, workspace,
+                        static_cast<size_t>(plan.given_workspace), stream);
   }
-  if (status != kSuccess) count = 0;
-  const HeuristicResult* chosen = nullptr;
-  for (int i = 0; i < count && chosen == nullptr; ++i) {
-    if (found[i].state == kSuccess && split_is_safe(api, found[i].algo, key.k)) chosen = &found[i];
+  return status == kSuccess ? "" : std::string("cublasLtMatmul: ") + api.GetStatusString(status);
+}
+
+// One of the candidates, and no other, is taken, whatever a file says.
+void choose(const Api& api, const Problem& key, const std::string& gpu, bool may_time,
+            const std::vector<Candidate>& candidates, Plan* plan) {
+  const auto take_named = [&](const Choice& wanted) {
+    for (const Candidate& candidate : candidates) {
+      if (candidate.name != wanted.algorithm) continue;
+      take(candidate, wanted.origin, plan);
+      return true;
+    }
+    return false;
+  };
+  plan->candidates = static_cast<int64_t>(candidates.size());
+  Choice choice{gpu, version_string(api.GetVersion()), describe(key), "", plan->candidates, 0, ""};
+  if (const auto kept = find_choice(choice); kept && take_named(*kept)) return;
+  std::string why_first = "heuristic";
+  if (candidates.size() > 1 && choosing_is_timed()) {
+    if (may_time) {
+      const Timed timed = time_candidates(
+          key, static_cast<int>(candidates.size()),
+          [&](int i, const Pointers& at, void* workspace, cudaStream_t stream) {
+            return run_algorithm(api, *plan, candidates[i].algo, at, workspace, stream);
+          });
+      if (timed.winner >= 0) {
+        choice.algorithm = candidates[timed.winner].name;
+        choice.ns = std::lround(1e3 * timed.us);
+        choice.origin = "timed";
+        // Another device of the same kind may have been faster, and decides for both.
+        if (take_named(keep_choice(choice))) return;
+      }
+      why_first += ": " + timed.why_not;
+    } else {
+      why_first += ": first met in the execute stage";
+    }
   }
-  for (int i = 0; i < count && chosen == nullptr; ++i) {
-    if (found[i].state == kSuccess && unsplit(api, *plan, &found[i])) chosen = &found[i];
-  }
-  api.MatmulPreferenceDestroy(preference);
-  if (chosen != nullptr) {
-    plan->algo = chosen->algo;
-    plan->workspace = static_cast<int64_t>(chosen->workspace_size);
-    plan->algorithm = describe(api, chosen->algo);
-    return;
-  }
-  plan->refusal = "cublasLt " + version_string(api.GetVersion()) + " has no algorithm for it" +
-                  (status == kSuccess ? "" : std::string(": ") + api.GetStatusString(status));
+  take(candidates[0], why_first, plan);
 }
 
 // Handles and plans live as long as the process: at its end the driver may be gone before them.
+struct Device {
+  Handle handle = nullptr;
+  std::string name;   // Equal for devices of equal speed.
+  std::mutex timing;  // Taken by who times candidates on it, and never by another device's thread.
+};
+
 struct Cache {
   std::mutex mutex;
-  std::map<int, Handle> handles;
-  std::map<Problem, std::unique_ptr<Plan>> plans;
+  std::map<int, Device> devices;
+  std::map<Problem, std::shared_ptr<Plan>> plans;
+
+  // The plan, unless an initialization should make it anew.
+  std::shared_ptr<Plan> find(const Problem& key, bool initializing) {
+    const std::lock_guard lock(mutex);
+    const auto found = plans.find(key);
+    if (found == plans.end()) return nullptr;
+    const bool is_old = found->second->generation != choices_generation();
+    return initializing && is_old ? nullptr : found->second;
+  }
 };
 
 Cache& cache() {
   static Cache* const instance = new Cache;
   return *instance;
+}
+
+// The entry of a device, or null with the reason.
+Device* find_device(const Api& api, int ordinal, std::string* reason) {
+  const std::lock_guard lock(cache().mutex);
+  Device& device = cache().devices[ordinal];
+  if (device.handle != nullptr) return &device;
+  cudaDeviceProp properties;
+  if (const cudaError_t error = cudaGetDeviceProperties(&properties, ordinal);
+      error != cudaSuccess) {
+    *reason = cudaGetErrorString(error);
+    return nullptr;
+  }
+  device.name =
+      std::string(properties.name) + ", " + std::to_string(properties.multiProcessorCount) + " SMs";
+  if (const Status status = api.Create(&device.handle); status != kSuccess) {
+    *reason = std::string("cublasLtCreate: ") + api.GetStatusString(status);
+    return nullptr;
+  }
+  return &device;
 }
 
 }  // namespace
@@ -200,48 +251,43 @@ int alignment_of(const void* pointer) {
   return static_cast<int>(address & -address);
 }
 
-Plan* find_plan(const Api& api, const Problem& key, const Pointers& at, cudaStream_t stream,
-                std::string* reason) {
-  const std::lock_guard lock(cache().mutex);
-  std::unique_ptr<Plan>& plan = cache().plans[key];
-  if (plan != nullptr) return plan.get();
+std::shared_ptr<Plan> find_plan(const Api& api, const Problem& key, const Pointers& at,
+                                cudaStream_t stream, bool initializing, std::string* reason) {
+  if (auto plan = cache().find(key, initializing)) return plan;
   cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
   if (cudaStreamIsCapturing(stream, &capturing) != cudaSuccess ||
       capturing != cudaStreamCaptureStatusNone) {
+    if (auto plan = cache().find(key, false)) return plan;
     *reason = "its plan was not made before a graph was captured";
     return nullptr;
   }
-  Handle& handle = cache().handles[key.device];
-  if (handle == nullptr) {
-    if (const Status status = api.Create(&handle); status != kSuccess) {
-      *reason = std::string("cublasLtCreate: ") + api.GetStatusString(status);
-      return nullptr;
-    }
+  Device* const device = find_device(api, key.device, reason);
+  if (device == nullptr) return nullptr;
+  std::unique_lock<std::mutex> timing;
+  if (initializing) {
+    timing = std::unique_lock(device->timing);
+    if (auto plan = cache().find(key, initializing)) return plan;
   }
-  plan = std::make_unique<Plan>();
-  plan->handle = handle;
-  plan->given_workspace = key.workspace;
-  make_plan(api, key, at, plan.get());
-  return plan.get();
+  const int64_t generation = choices_generation();
+  auto plan = std::make_shared<Plan>(api, device->handle, key.workspace);
+  const std::vector<Candidate> candidates = describe_and_ask(api, key, at, plan.get());
+  if (!candidates.empty()) choose(api, key, device->name, initializing, candidates, plan.get());
+  plan->generation = initializing ? generation : -1;
+  const std::lock_guard lock(cache().mutex);
+  return cache().plans[key] = plan;
 }
 
 const std::string& refusal(const Plan& plan) { return plan.refusal; }
 const std::string& algorithm(const Plan& plan) { return plan.algorithm; }
 int64_t workspace(const Plan& plan) { return plan.workspace; }
+const std::string& choice(const Plan& plan) { return plan.choice; }
+int64_t candidates(const Plan& plan) { return plan.candidates; }
 
 std::string multiply(const Api& api, Plan* plan, const Pointers& at, void* workspace,
                      cudaStream_t stream) {
-  const float one = 1.0f, zero = 0.0f;
   const std::lock_guard lock(plan->mutex);
-  Status status = set_pointers(api, plan->desc, at);
-  if (status == kSuccess) {
-    status = api.Matmul(plan->handle, plan->desc, &one, at.w, plan->w, at.x, plan->x, &zero,
-                        nullptr, plan->c, at.d, plan->d, &plan->algo, workspace,
-                        static_cast<size_t>(plan->given_workspace), stream);
-  }
-  if (status == kSuccess) return "";
-  return std::string("cublasLtMatmul: ") + api.GetStatusString(status) + " (" + plan->algorithm +
-         ")";
+  const std::string error = run_algorithm(api, *plan, plan->algo, at, workspace, stream);
+  return error.empty() ? "" : error + " (" + plan->algorithm + ")";
 }
 
 }  // namespace jax_fp8::lt

@@ -2,15 +2,20 @@
 #include <cuda_runtime_api.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
+#include <tuple>
+#include <utility>
 
 #include "ffi/checks.h"
 #include "ffi/cublaslt_library.h"
+#include "ffi/cublaslt_timing.h"
 #include "ffi/handlers.h"
 #include "ffi/journal.h"
+#include "ffi/plan_table.h"
 
 namespace nb = nanobind;
 
@@ -62,6 +67,33 @@ nb::list journal_entries() {
   return result;
 }
 
+// GPU, cublasLt, problem, algorithm, candidates, nanoseconds, origin.
+using ChoiceTuple =
+    std::tuple<std::string, std::string, std::string, std::string, int64_t, int64_t, std::string>;
+
+std::vector<ChoiceTuple> plan_choices() {
+  std::vector<ChoiceTuple> result;
+  for (const lt::Choice& c : lt::choices()) {
+    result.emplace_back(c.gpu, c.cublaslt, c.problem, c.algorithm, c.candidates, c.ns, c.origin);
+  }
+  return result;
+}
+
+lt::Choice to_choice(const ChoiceTuple& tuple) {
+  const auto& [gpu, cublaslt, problem, algorithm, candidates, ns, origin] = tuple;
+  return {gpu, cublaslt, problem, algorithm, candidates, ns, origin};
+}
+
+void add_plan_choices(const std::vector<ChoiceTuple>& added) {
+  std::vector<lt::Choice> choices;
+  for (const ChoiceTuple& tuple : added) choices.push_back(to_choice(tuple));
+  lt::add_choices(choices);
+}
+
+std::string keep_plan_choice(const ChoiceTuple& timed) {
+  return lt::keep_choice(to_choice(timed)).algorithm;
+}
+
 }  // namespace
 }  // namespace jax_fp8
 
@@ -74,4 +106,10 @@ NB_MODULE(_ffi, m) {
   m.def("compute_capability", &jax_fp8::compute_capability);
   m.def("journal", &jax_fp8::journal_entries);
   m.def("clear_journal", &jax_fp8::clear_journal);
+  m.def("set_plan_choice", &jax_fp8::lt::set_choosing);
+  m.def("plan_choices", &jax_fp8::plan_choices);
+  m.def("add_plan_choices", &jax_fp8::add_plan_choices);
+  m.def("keep_plan_choice", &jax_fp8::keep_plan_choice);
+  m.def("clear_plan_choices", &jax_fp8::lt::clear_choices);
+  m.def("limit_timing_memory", &jax_fp8::lt::limit_timing_memory);
 }

@@ -139,6 +139,8 @@ void note_product(const Product& p, const char* platform, const std::string& imp
     entry["algorithm"] = ran.algorithm;
     entry["workspace"] = ran.workspace;
     entry["cublaslt"] = ran.version;
+    entry["choice"] = ran.choice;
+    entry["candidates"] = ran.candidates;
   }
   note(std::move(entry));
 }

@@ -7,6 +7,7 @@ kernels where the GPU has them, and ``plans`` tells what ran.
 from jax_fp8._src.ffi import VERSION as __version__
 from jax_fp8._src.ffi import register
 from jax_fp8._src.matmul import matmul
+from jax_fp8._src.plan_choice import export_plans, import_plans, set_plan_choice
 from jax_fp8._src.plans import clear_plans, plans
 from jax_fp8._src.quantize import dequantize, quantize
 from jax_fp8._src.recipe import Operand, Recipe
@@ -20,9 +21,12 @@ __all__ = [
     "__version__",
     "clear_plans",
     "dequantize",
+    "export_plans",
+    "import_plans",
     "matmul",
     "plans",
     "quantize",
     "register",
     "scaled_matmul",
+    "set_plan_choice",
 ]

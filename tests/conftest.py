@@ -7,6 +7,8 @@ import os
 # which are compared and not tested, need no timing of candidates.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")
+# No test takes an algorithm that another one has left in the user's cache.
+os.environ["JAX_FP8_CACHE_DIR"] = ""
 
 import jax
 import numpy as np

@@ -23,6 +23,7 @@ except ImportError as error:
         f"jax_fp8's extension cannot be loaded: {error}. A source folder holds none: install the"
         " package with `pip install .` and leave the folder"
     ) from error
+from jax_fp8._src import plan_choice
 
 #: Bytes of scratch that a product takes as one more result: what cublasLt wants on Hopper and
 #: later, and 256 for aligning it by hand.
@@ -82,6 +83,7 @@ def register() -> None:
       ImportError: when the running jaxlib is too old for this build; the message names both.
     """
     global _registered
+    plan_choice.settle()
     with _lock:
         if _registered:
             return

@@ -14,7 +14,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from jax_fp8._src import _ffi, ffi
+from jax_fp8._src import _ffi, ffi, plan_choice
 
 
 def choose(
@@ -102,8 +102,8 @@ def info() -> dict[str, Any]:
 
     Returns:
       A dict of strings, numbers, lists and dicts, fit for JSON, with ``versions``, ``ffi_api``
-      (compiled and running), ``driver``, ``cublaslt``, ``cuda_plugin``, ``devices`` and ``hints``
-      (what to do about anything that is missing).
+      (compiled and running), ``driver``, ``cublaslt``, ``plan_choice``, ``cuda_plugin``,
+      ``devices`` and ``hints`` (what to do about anything that is missing).
     """
     found, devices_error = _devices()
     api_error = None
@@ -130,6 +130,7 @@ def info() -> dict[str, Any]:
         "driver": _driver(),
         "cuda_plugin": _cuda_plugin(),
         "cublaslt": cublaslt,
+        "plan_choice": plan_choice.describe(),
         "devices": [_describe(device, cublaslt["error"]) for device in found],
         "devices_error": devices_error,
     }
@@ -232,6 +233,7 @@ def _hints(found: dict[str, Any]) -> list[str]:
 def format_info(found: dict[str, Any]) -> str:
     """The result of ``info`` as text."""
     api, driver, cublaslt = found["ffi_api"], found["driver"], found["cublaslt"]
+    plans = found["plan_choice"]
     rows = [(name, version or "not installed") for name, version in found["versions"].items()]
     rows[0] = ("jax-fp8", found["versions"]["jax-fp8"] or "imported from a folder")
     fits = "PROBLEM: " + api["error"] if api["error"] else "fits"
@@ -248,6 +250,11 @@ def format_info(found: dict[str, Any]) -> str:
         ),
         ("CUDA plugin", found["cuda_plugin"] or "none (extras cuda12 and cuda13 bring it)"),
         ("cublasLt", cublaslt["version"] or f"none: {cublaslt['error']}"),
+        (
+            "plans",
+            f"{plans['mode']}, {plans['choices']} kept"
+            + (f" in {plans['file']}" if plans["file"] else ""),
+        ),
     ]
     lines = [f"{name:<12} {value}" for name, value in rows]
     for device in found["devices"]:

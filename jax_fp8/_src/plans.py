@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from jax_fp8._src import _ffi
+from jax_fp8._src import _ffi, plan_choice
 
 _lock = threading.Lock()
 _traced: dict[tuple[tuple[str, Any], ...], int] = {}
@@ -26,7 +26,10 @@ def plans() -> list[dict[str, Any]]:
       and ``count``. Entries with ``when="run"`` were written by a handler as it ran: ``count``
       is how often it was entered (once for a captured graph, however often that is replayed),
       and they have the shape, dtypes, granularities and, for cublasLt, ``algorithm`` (its id,
-      tile, stages and split of K), ``workspace`` (bytes) and ``cublaslt`` (its version).
+      tile, stages, split of K ...), ``workspace`` (bytes), ``cublaslt`` (its version),
+      ``candidates`` (how many algorithms there were) and ``choice``: ``"timed"`` in this process,
+      ``"cached"`` by an earlier one, ``"imported"``, or ``"heuristic"`` for cublasLt's first,
+      with the reason where they should have been timed and were not.
       Entries with ``when="traced"`` say that a program was traced which leaves the operation to
       XLA on ``platform``; whether it was then compiled for that platform they cannot tell.
 
@@ -44,8 +47,15 @@ def plans() -> list[dict[str, Any]]:
     return [*_ffi.journal(), *traced]
 
 
-def clear_plans() -> None:
-    """Empties the list that ``plans`` gives. The cached choices themselves are kept."""
+def clear_plans(*, choices: bool = False) -> None:
+    """Empties the list that ``plans`` gives.
+
+    Args:
+      choices: also forget which algorithms were chosen, in this process and on disk. Problems are
+        timed again when they next come up; what is captured in a CUDA graph stays as it is.
+    """
+    if choices:
+        plan_choice.clear_choices()
     with _lock:
         _traced.clear()
     _ffi.clear_journal()

@@ -1,0 +1,139 @@
+#include "ffi/cublaslt_candidates.h"
+
+#include <utility>
+
+#include "ffi/cublaslt_library.h"
+
+namespace jax_fp8::lt {
+namespace {
+
+constexpr int kAsked = 32;  // cublasLt 13.1 gives up to 8.
+
+// What cublasLt offers is the same for all multiples of 16 bytes, which all of our addresses are.
+constexpr uint32_t kAlignment = 16;
+
+// Up to so many rows, cublasLt's only offer for row scales is up to twice as slow as another.
+constexpr int64_t kFewRows = 512;
+
+// Splitting K unevenly gave wrong results (releases 12.6.3 to 13.4).
+bool split_is_safe(const Api& api, const Algo& algo, int64_t k) {
+  int32_t split = 0;
+  size_t written = 0;
+  api.MatmulAlgoConfigGetAttribute(&algo, kAlgoSplitK, &split, sizeof split, &written);
+  const size_t version = api.GetVersion();
+  const bool affected = version >= 120603 && version < 130500;
+  return !affected || split <= 1 || k % (int64_t{split} * 16) == 0;
+}
+
+// The same algorithm without splitting K, if cublasLt takes that for this product.
+bool unsplit(const Api& api, const Description& product, HeuristicResult* candidate) {
+  Algo algo = candidate->algo;
+  const int32_t split = 1;
+  const uint32_t scheme = 0;  // No reduction.
+  Status status = api.MatmulAlgoConfigSetAttribute(&algo, kAlgoSplitK, &split, sizeof split);
+  status |= api.MatmulAlgoConfigSetAttribute(&algo, kAlgoReductionScheme, &scheme, sizeof scheme);
+  if (status != kSuccess) return false;
+  HeuristicResult checked{};
+  status = api.MatmulAlgoCheck(product.handle, product.desc, product.w, product.x, product.c,
+                               product.d, &algo, &checked);
+  if (status != kSuccess || checked.state != kSuccess ||
+      static_cast<int64_t>(checked.workspace_size) > product.workspace) {
+    return false;
+  }
+  *candidate = checked;
+  candidate->algo = algo;
+  return true;
+}
+
+std::string describe(const Api& api, const Algo& algo) {
+  const auto get = [&](int attribute) {
+    int64_t value = 0;  // The attributes are of 2 and 4 bytes.
+    size_t written = 0;
+    if (api.MatmulAlgoConfigGetAttribute(&algo, attribute, &value, 4, &written) != kSuccess) {
+      api.MatmulAlgoConfigGetAttribute(&algo, attribute, &value, 2, &written);
+    }
+    return std::to_string(value);
+  };
+  return "id " + get(kAlgoId) + ", tile " + get(kAlgoTile) + ", stages " + get(kAlgoStages) +
+         ", cluster " + get(kAlgoCluster) + ", split-k " + get(kAlgoSplitK) + ", reduction " +
+         get(kAlgoReductionScheme) + ", swizzle " + get(kAlgoSwizzle) + ", custom " +
+         get(kAlgoCustom) + ", inner " + get(kAlgoInnerShape);
+}
+
+// What the heuristics give for the product as it is described now.
+Status ask(const Api& api, const Description& product, std::vector<HeuristicResult>* found) {
+  Preference preference = nullptr;
+  Status status = api.MatmulPreferenceCreate(&preference);
+  if (status != kSuccess) return status;
+  const auto prefer = [&](PreferenceAttribute attribute, auto value) {
+    status |= api.MatmulPreferenceSetAttribute(preference, attribute, &value, sizeof value);
+  };
+  prefer(kPrefMaxWorkspace, static_cast<uint64_t>(product.workspace));
+  for (const auto attribute :
+       {kPrefMinAlignmentA, kPrefMinAlignmentB, kPrefMinAlignmentC, kPrefMinAlignmentD}) {
+    prefer(attribute, kAlignment);
+  }
+  int count = 0;
+  found->resize(kAsked);
+  if (status == kSuccess) {
+    status =
+        api.MatmulAlgoGetHeuristic(product.handle, product.desc, product.w, product.x, product.c,
+                                   product.d, preference, kAsked, found->data(), &count);
+  }
+  found->resize(status == kSuccess ? count : 0);
+  api.MatmulPreferenceDestroy(preference);
+  return status;
+}
+
+// For row scales cublasLt 13.1 offers a single algorithm, but takes most of those that it offers
+// for tensor scales, if they do not split K.
+std::vector<HeuristicResult> borrow(const Api& api, const Description& product) {
+  const auto set_mode = [&](int32_t mode) {
+    return api.MatmulDescSetAttribute(product.desc, kDescAScaleMode, &mode, sizeof mode) |
+           api.MatmulDescSetAttribute(product.desc, kDescBScaleMode, &mode, sizeof mode);
+  };
+  std::vector<HeuristicResult> found, taken;
+  if (set_mode(kScaleScalar) == kSuccess) ask(api, product, &found);
+  if (set_mode(kScaleOuterVec) != kSuccess) return {};
+  for (HeuristicResult& result : found) {
+    if (result.state == kSuccess && unsplit(api, product, &result)) taken.push_back(result);
+  }
+  return taken;
+}
+
+}  // namespace
+
+std::vector<Candidate> find_candidates(const Api& api, const Description& product,
+                                       std::string* why) {
+  std::vector<HeuristicResult> found;
+  const Status status = ask(api, product, &found);
+  if (product.vectors && !found.empty()) {
+    const std::vector<HeuristicResult> more = borrow(api, product);
+    found.insert(product.m <= kFewRows ? found.begin() : found.end(), more.begin(), more.end());
+  }
+  std::vector<Candidate> candidates;
+  const auto add = [&](const HeuristicResult& result) {
+    std::string name = describe(api, result.algo);
+    for (const Candidate& other : candidates) {
+      if (other.name == name) return;
+    }
+    candidates.push_back(
+        {result.algo, static_cast<int64_t>(result.workspace_size), std::move(name)});
+  };
+  const auto is_safe = [&](const HeuristicResult& result) {
+    return split_is_safe(api, result.algo, product.k);
+  };
+  for (const HeuristicResult& result : found) {
+    if (result.state == kSuccess && is_safe(result)) add(result);
+  }
+  for (HeuristicResult& result : found) {
+    if (result.state == kSuccess && !is_safe(result) && unsplit(api, product, &result)) add(result);
+  }
+  if (candidates.empty()) {
+    *why = "cublasLt " + version_string(api.GetVersion()) + " has no algorithm for it" +
+           (status == kSuccess ? "" : std::string(": ") + api.GetStatusString(status));
+  }
+  return candidates;
+}
+
+}  // namespace jax_fp8::lt
