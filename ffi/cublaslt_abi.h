@@ -48,7 +48,9 @@ enum DescAttribute : int {
   kDescBScaleMode = 32,
 };
 constexpr int32_t kScaleScalar = 0;
-constexpr int32_t kScaleOuterVec = 3;  // One scale for each row of A and each column of B.
+// cublasLtMatmulMatrixScale_t: one scale for each row of A and each column of B; for each 128 of K
+// of those; for each block of 128 x 128.
+constexpr int32_t kScaleOuterVec = 3, kScaleVec128 = 4, kScaleBlock128x128 = 5;
 
 // cublasLtEpilogue_t: flags that add up.
 constexpr uint32_t kEpilogueDefault = 1, kEpilogueRelu = 2, kEpilogueBias = 4, kEpilogueGelu = 32;

@@ -66,7 +66,11 @@ std::string describe(const Problem& key) {
   if (key.activation != Activation::kNone) {
     text += key.activation == Activation::kRelu ? ", relu" : ", gelu";
   }
-  text += !key.scaled ? ", no scales" : key.vectors ? ", row scales" : ", tensor scales";
+  if (key.blocks) {
+    text += key.tiles ? ", (1, 128) by (128, 128) scales" : ", (1, 128) scales";
+  } else {
+    text += !key.scaled ? ", no scales" : key.vectors ? ", row scales" : ", tensor scales";
+  }
   if (key.out_scale) text += ", output scale";
   text += key.fast ? ", fast" : ", precise";
   return text + ", workspace " + std::to_string(key.workspace);
@@ -122,6 +126,11 @@ std::vector<Candidate> describe_and_ask(const Api& api, const Problem& key, cons
     if (key.vectors) {
       status |= set(api, plan->desc, kDescAScaleMode, kScaleOuterVec);
       status |= set(api, plan->desc, kDescBScaleMode, kScaleOuterVec);
+    }
+    if (key.blocks) {
+      const int32_t mode = key.tiles ? kScaleBlock128x128 : kScaleVec128;
+      status |= set(api, plan->desc, kDescAScaleMode, mode);
+      status |= set(api, plan->desc, kDescBScaleMode, kScaleVec128);
     }
     status |= set_pointers(api, plan->desc, at);
   }

@@ -26,14 +26,16 @@ struct Problem {
   Type bias;
   Activation activation;
   bool vectors;  // A scale for each row of both operands.
+  bool blocks;   // One for each 128 of K of each row of X, and of W too,
+  bool tiles;    // unless W has one for each 128 x 128.
   bool scaled;   // With scales: without, the sums come out as they are.
   bool out_scale;
   bool fast;
   int64_t workspace;
 
   auto tie() const {
-    return std::tie(device, batch, m, n, k, x, w, d, has_bias, bias, activation, vectors, scaled,
-                    out_scale, fast, workspace);
+    return std::tie(device, batch, m, n, k, x, w, d, has_bias, bias, activation, vectors, blocks,
+                    tiles, scaled, out_scale, fast, workspace);
   }
   bool operator<(const Problem& other) const { return tie() < other.tie(); }
 };

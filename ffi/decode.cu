@@ -1,100 +1,143 @@
+#include <algorithm>
+#include <type_traits>
+
 #include "ffi/decode.h"
 #include "ffi/finish.h"
+#include "ffi/mma.h"
 
 namespace jax_fp8 {
 namespace {
 
-// A thread block computes kTileM x kTileN of D, a warp kWarpM x kWarpN of that, in steps of kTileK.
-constexpr int kTileM = 128, kTileN = 128, kTileK = 64;
-constexpr int kWarpM = 64, kWarpN = 32;
-constexpr int kThreads = 256;
-constexpr int kFragmentsM = kWarpM / 16, kFragmentsN = kWarpN / 8;
-constexpr int kChunk = 16;  // Codes that a thread loads at once.
-constexpr int kChunks = kTileM * kTileK / kChunk / kThreads;
-// Rows of shared memory start 16 bytes apart modulo 128, so that ldmatrix meets no bank twice.
-constexpr int kPitch = kTileK + 8;
-static_assert(kTileM == kTileN, "one loader serves both operands");
-static_assert(kBlock % kTileK == 0, "a step lies in one scale block");
+constexpr int kStep = 64;   // Of K, that a stage of shared memory holds.
+constexpr int kSlice = 16;  // Of K, that one instruction multiplies.
+constexpr int kChunk = 16;  // Elements that a thread loads at once.
+constexpr int kGroup = 16;  // Rows of tiles whose blocks follow each other, to share L2.
+static_assert(kBlock % kStep == 0, "a step lies in one scale block");
 
-struct Chunk {
-  uint4 codes;
+// A thread block computes m x n of D, a warp warp_m x warp_n of that.
+template <int m, int n, int warp_m, int warp_n, int blocks>
+struct Tile {
+  static constexpr int kM = m, kN = n, kWarpM = warp_m, kWarpN = warp_n;
+  static constexpr int kThreads = m / warp_m * (n / warp_n) * 32;
+  static constexpr int kBlocks = blocks;  // On one SM, which the registers limit.
+  static constexpr int kFragmentsM = warp_m / 16, kFragmentsN = warp_n / 8;
+  static constexpr int kXBytes = m * kStep * 2, kStageBytes = (m + n) * kStep * 2;
+  static_assert(warp_m % 16 == 0 && warp_n % 16 == 0, "whole fragments, two of W at once");
 };
 
-// Loads 16 codes, zeros from the `left`-th on.
-template <bool aligned>
-__device__ Chunk load_chunk(const uint8_t* source, int64_t left) {
-  Chunk chunk{};
-  if constexpr (aligned) {
-    if (left > 0) chunk.codes = *reinterpret_cast<const uint4*>(source);
-  } else {
-    uint8_t bytes[kChunk] = {};
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      if (i < left) bytes[i] = source[i];
-    }
-    memcpy(&chunk.codes, bytes, sizeof bytes);
+// Two stages of 16-bit values: while one is multiplied, the other is filled with codes that were
+// loaded a step before and are decoded between the multiplications. Each code is decoded once.
+constexpr int kStages = 2;
+
+// Where 8 values of a row lie: ldmatrix reads 8 rows of a column of them, and meets no bank twice.
+__device__ int place(int row, int column) { return row * kStep * 2 + (column ^ (row % 8)) * 16; }
+
+// --- Stages --------------------------------------------------------------------------------------
+
+// What a thread loads of one operand: chunks that lie kRowStep rows apart, in the same columns.
+template <int rows, int threads, int width, bool aligned>
+struct Source {
+  static constexpr int kChunksOfRow = kStep / kChunk;
+  static constexpr int kRowStep = threads / kChunksOfRow;
+  static constexpr int kChunks = rows / kRowStep;
+  static_assert(rows % kRowStep == 0, "all threads load alike");
+
+  const uint8_t* data;   // Of the operand, or of its batch entry.
+  const uint8_t* start;  // Of the first chunk.
+  int64_t k;
+  int row, column, rows_left;
+
+  // The tile begins at row `first` of `all`.
+  __device__ Source(const uint8_t* operand, int64_t first, int64_t all, int64_t columns)
+      : data(operand), k(columns) {
+    row = threadIdx.x / kChunksOfRow;
+    column = threadIdx.x % kChunksOfRow * kChunk;
+    rows_left = static_cast<int>(min(all - first, int64_t{rows}));
+    start = data + ((first + row) * k + column) * width;
   }
-  return chunk;
-}
 
-template <Type type>
-__device__ uint32_t decode_pair(uint32_t codes) {
-  const __half2_raw halves = __nv_cvt_fp8x2_to_halfraw2(
-      static_cast<__nv_fp8x2_storage_t>(codes), type == Type::kE4M3 ? __NV_E4M3 : __NV_E5M2);
-  return static_cast<uint32_t>(halves.x) | static_cast<uint32_t>(halves.y) << 16;
-}
+  // How many elements of chunk `i` there are, at step `k0`.
+  __device__ int64_t left(int i, int64_t k0) const {
+    return row + i * kRowStep < rows_left ? k - k0 - column : 0;
+  }
+  __device__ const uint8_t* address(int i, int64_t k0) const {
+    return start + (k0 + i * kRowStep * k) * width;
+  }
 
-// The format is a run-time value: the branch is the same for all threads, and a quarter of the
-// kernels is left to compile.
-__device__ void store_chunk(const Chunk& chunk, Type type, __half* target) {
-  const uint32_t words[4] = {chunk.codes.x, chunk.codes.y, chunk.codes.z, chunk.codes.w};
-  uint32_t halves[8];
-  if (type == Type::kE4M3) {
+  // Codes, zeros where there are none.
+  __device__ uint4 load(int i, int64_t k0) const {
+    const int64_t count = left(i, k0);
+    uint4 codes{};
+    if constexpr (aligned) {
+      if (count > 0) codes = *reinterpret_cast<const uint4*>(address(i, k0));
+    } else {
+      uint8_t bytes[kChunk] = {};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      halves[i] = decode_pair<Type::kE4M3>(words[i / 2] >> (i % 2 * 16) & 0xffffu);
+      for (int j = 0; j < kChunk; ++j) {
+        if (j < count) bytes[j] = address(i, k0)[j];
+      }
+      memcpy(&codes, bytes, sizeof bytes);
     }
-  } else {
+    return codes;
+  }
+
+  template <Type mma>
+  __device__ void decode(int i, const uint4& codes, bool e4m3, uint8_t* stage) const {
+    const int r = row + i * kRowStep;
+    const uint2 a = decode_word<mma>(codes.x, e4m3), b = decode_word<mma>(codes.y, e4m3);
+    const uint2 c = decode_word<mma>(codes.z, e4m3), d = decode_word<mma>(codes.w, e4m3);
+    *reinterpret_cast<uint4*>(stage + place(r, column / 8)) = make_uint4(a.x, a.y, b.x, b.y);
+    *reinterpret_cast<uint4*>(stage + place(r, column / 8 + 1)) = make_uint4(c.x, c.y, d.x, d.y);
+  }
+
+  // Wide values go straight into the stage.
+  __device__ void copy(int i, int64_t k0, uint8_t* stage) const {
+    const int64_t count = left(i, k0);
+    const uint8_t* source = address(i, k0);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      halves[i] = decode_pair<Type::kE5M2>(words[i / 2] >> (i % 2 * 16) & 0xffffu);
+    for (int half = 0; half < 2; ++half) {
+      uint8_t* target = stage + place(row + i * kRowStep, column / 8 + half);
+      if constexpr (aligned) {
+        const bool zero = count <= half * 8;
+        copy_bytes(target, zero ? data : source + half * 16, zero);
+      } else {
+        for (int j = 0; j < 8; ++j) {
+          const int element = half * 8 + j;
+          reinterpret_cast<uint16_t*>(target)[j] =
+              element < count ? reinterpret_cast<const uint16_t*>(source)[element] : 0;
+        }
+      }
     }
   }
-  auto* out = reinterpret_cast<uint4*>(target);
-  out[0] = make_uint4(halves[0], halves[1], halves[2], halves[3]);
-  out[1] = make_uint4(halves[4], halves[5], halves[6], halves[7]);
+};
+
+template <typename Tile>
+using Sums = float[Tile::kFragmentsM][Tile::kFragmentsN][4];
+
+// sums += X W^T of one slice, for the warp's part of a stage.
+template <typename Tile, Type mma>
+__device__ void multiply_slice(Sums<Tile>& sums, const uint8_t* x, const uint8_t* w, int slice,
+                               int warp_m, int warp_n, int lane) {
+  uint32_t a[Tile::kFragmentsM][4], b[Tile::kFragmentsN / 2][4];
+#pragma unroll
+  for (int i = 0; i < Tile::kFragmentsM; ++i) {
+    load_matrices(a[i], x + place(warp_m + i * 16 + lane % 16, slice * 2 + lane / 16));
+  }
+#pragma unroll
+  for (int i = 0; i < Tile::kFragmentsN / 2; ++i) {
+    const int row = warp_n + i * 16 + lane % 8 + lane / 16 * 8;
+    load_matrices(b[i], w + place(row, slice * 2 + lane / 8 % 2));
+  }
+#pragma unroll
+  for (int i = 0; i < Tile::kFragmentsM; ++i) {
+#pragma unroll
+    for (int j = 0; j < Tile::kFragmentsN; ++j) {
+      multiply_add<mma>(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+    }
+  }
 }
 
-__device__ void load_matrices(uint32_t (&r)[4], const __half* row) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address));
-}
-
-__device__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
-      " {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#else
-  // Turing has half of it: the registers of the two halves along K are the same.
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6},"
-      " {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(b0));
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6},"
-      " {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[2]), "r"(a[3]), "r"(b1));
-#endif
-}
-
-using Sums = float[kFragmentsM][kFragmentsN][4];
+// --- Scales --------------------------------------------------------------------------------------
 
 // Row and column, within the warp's tile, of element `i` of a fragment, as mma lays them out.
 __device__ int fragment_row(int fragment, int i, int lane) {
@@ -104,165 +147,274 @@ __device__ int fragment_column(int fragment, int i, int lane) {
   return fragment * 8 + (lane % 4) * 2 + i % 2;
 }
 
-// The scales of the rows and columns that a thread has sums of, as indices of their first block.
-struct ScaleIndices {
-  int64_t x[kFragmentsM * 2], w[kFragmentsN * 2];
+// The scales of the rows and columns that a thread has sums of.
+template <typename Tile>
+struct Scales {
+  float x[Tile::kFragmentsM * 2], w[Tile::kFragmentsN * 2];
 
-  __device__ ScaleIndices(const Product& p, int64_t b, int64_t row0, int64_t column0, int lane) {
+  __device__ void load(const Product& p, int64_t b, int64_t row0, int64_t column0, int64_t k_block,
+                       int lane) {
+    const int64_t x_block = p.x.block_cols ? k_block : 0, w_block = p.w.block_cols ? k_block : 0;
 #pragma unroll
-    for (int i = 0; i < kFragmentsM * 2; ++i) {
-      x[i] = p.x.scale_index(b, min(row0 + fragment_row(i / 2, i % 2 * 2, lane), p.m - 1));
+    for (int i = 0; i < Tile::kFragmentsM * 2; ++i) {
+      const int64_t row = min(row0 + fragment_row(i / 2, i % 2 * 2, lane), p.m - 1);
+      x[i] = p.x.scale_at(b, row, x_block);
     }
 #pragma unroll
-    for (int i = 0; i < kFragmentsN * 2; ++i) {
-      w[i] = p.w.scale_index(b, min(column0 + fragment_column(i / 2, i % 2, lane), p.n - 1));
+    for (int i = 0; i < Tile::kFragmentsN * 2; ++i) {
+      const int64_t column = min(column0 + fragment_column(i / 2, i % 2, lane), p.n - 1);
+      w[i] = p.w.scale_at(b, column, w_block);
+    }
+  }
+
+  // total += sums * scales, and clears the sums.
+  __device__ void promote(Sums<Tile>& total, Sums<Tile>& sums) const {
+#pragma unroll
+    for (int fm = 0; fm < Tile::kFragmentsM; ++fm) {
+#pragma unroll
+      for (int fn = 0; fn < Tile::kFragmentsN; ++fn) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          total[fm][fn][i] += sums[fm][fn][i] * x[fm * 2 + i / 2] * w[fn * 2 + i % 2];
+          sums[fm][fn][i] = 0.0f;
+        }
+      }
     }
   }
 };
 
-// total += sums * scales of block `k_block`, and clears the sums.
-__device__ void promote(const Product& p, Sums& total, Sums& sums, int64_t b, int64_t row0,
-                        int64_t column0, int64_t k_block, int lane) {
-  const ScaleIndices indices(p, b, row0, column0, lane);
-  const int64_t x_block = p.x.block_cols ? k_block : 0, w_block = p.w.block_cols ? k_block : 0;
-  float x[kFragmentsM * 2], w[kFragmentsN * 2];
-#pragma unroll
-  for (int i = 0; i < kFragmentsM * 2; ++i) x[i] = p.x.scale[indices.x[i] + x_block];
-#pragma unroll
-  for (int i = 0; i < kFragmentsN * 2; ++i) w[i] = p.w.scale[indices.w[i] + w_block];
-#pragma unroll
-  for (int fm = 0; fm < kFragmentsM; ++fm) {
-#pragma unroll
-    for (int fn = 0; fn < kFragmentsN; ++fn) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        total[fm][fn][i] += sums[fm][fn][i] * x[fm * 2 + i / 2] * w[fn * 2 + i % 2];
-        sums[fm][fn][i] = 0.0f;
-      }
-    }
-  }
-}
+// --- Results -------------------------------------------------------------------------------------
 
-template <bool aligned, bool blocks>
-__global__ void __launch_bounds__(kThreads, blocks ? 1 : 2)
-    decode_kernel(Product p, int64_t tiles_m, int64_t tiles_n) {
-  __shared__ __align__(16) __half x_tile[kTileM * kPitch];
-  __shared__ __align__(16) __half w_tile[kTileN * kPitch];
-  // Tiles of one column of D follow each other: they share the rows of W, the larger operand.
-  const int64_t tile_m = blockIdx.x % tiles_m * kTileM;
-  const int64_t tile_n = blockIdx.x / tiles_m % tiles_n * kTileN;
-  const int64_t b = blockIdx.x / tiles_m / tiles_n;
-  const uint8_t* x = p.x.data + b * p.m * p.k;
-  const uint8_t* w = p.w.data + b * p.n * p.k;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int warp_m = warp % (kTileM / kWarpM) * kWarpM;
-  const int warp_n = warp / (kTileM / kWarpM) * kWarpN;
+// 16 rows of a warp's sums in shared memory, from where they are finished row by row: what a warp
+// stores at once lies side by side, and the code of an epilogue is there once and not 128 times.
+template <typename Tile>
+struct Patch {
+  static constexpr int kPitch = Tile::kWarpN + 8;  // Four rows meet no bank twice.
+  static constexpr int kSize = 16 * kPitch;
+  static constexpr int kWarps = Tile::kThreads / 32;
+  static_assert(kWarps * kSize * sizeof(float) <= kStages * Tile::kStageBytes, "it fits");
+  static_assert(Tile::kWarpN % 32 == 0, "a warp finishes 32 columns at once");
 
-  // The chunks of a thread lie kRowStep rows apart, in the same columns.
-  constexpr int kRowStep = kThreads * kChunk / kTileK;
-  const int chunk_row = threadIdx.x / (kTileK / kChunk);
-  const int chunk_column = threadIdx.x % (kTileK / kChunk) * kChunk;
-  const uint8_t* x_source = x + (tile_m + chunk_row) * p.k + chunk_column;
-  const uint8_t* w_source = w + (tile_n + chunk_row) * p.k + chunk_column;
-  Chunk x_next[kChunks], w_next[kChunks];
-  const auto fetch = [&](int64_t k) {
-    const int64_t left = p.k - k - chunk_column;
+  __device__ static void write(float* patch, const float (&sums)[Tile::kFragmentsN][4], int lane) {
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-      const int row = chunk_row + i * kRowStep;
-      const int64_t offset = k + i * kRowStep * p.k;
-      x_next[i] = load_chunk<aligned>(x_source + offset, tile_m + row < p.m ? left : 0);
-      w_next[i] = load_chunk<aligned>(w_source + offset, tile_n + row < p.n ? left : 0);
-    }
-  };
-
-  Sums sums = {}, total = {};
-  fetch(0);
-  for (int64_t k = 0; k < p.k; k += kTileK) {
-    __syncthreads();  // The tiles of the step before have been read.
+    for (int fn = 0; fn < Tile::kFragmentsN; ++fn) {
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-      const int offset = (chunk_row + i * kRowStep) * kPitch + chunk_column;
-      store_chunk(x_next[i], p.x.type, x_tile + offset);
-      store_chunk(w_next[i], p.w.type, w_tile + offset);
-    }
-    __syncthreads();
-    if (k + kTileK < p.k) fetch(k + kTileK);  // In flight while the tensor cores work.
-#pragma unroll
-    for (int kk = 0; kk < kTileK; kk += 16) {
-      uint32_t a[kFragmentsM][4], bb[kFragmentsN / 2][4];
-#pragma unroll
-      for (int fm = 0; fm < kFragmentsM; ++fm) {
-        load_matrices(a[fm], x_tile + (warp_m + fm * 16 + lane % 16) * kPitch + kk + lane / 16 * 8);
-      }
-#pragma unroll
-      for (int fn = 0; fn < kFragmentsN / 2; ++fn) {
-        load_matrices(bb[fn], w_tile + (warp_n + fn * 16 + lane % 8 + lane / 16 * 8) * kPitch + kk +
-                                  lane / 8 % 2 * 8);
-      }
-#pragma unroll
-      for (int fm = 0; fm < kFragmentsM; ++fm) {
-#pragma unroll
-        for (int fn = 0; fn < kFragmentsN; ++fn) {
-          multiply_add(sums[fm][fn], a[fm], bb[fn / 2][fn % 2 * 2], bb[fn / 2][fn % 2 * 2 + 1]);
-        }
-      }
-    }
-    if constexpr (blocks) {
-      const int64_t end = k + kTileK;
-      if (end % kBlock == 0 || end >= p.k) {
-        promote(p, total, sums, b, tile_m + warp_m, tile_n + warp_n, k / kBlock, lane);
+      for (int i = 0; i < 4; i += 2) {
+        float* target = patch + fragment_row(0, i, lane) * kPitch + fragment_column(fn, i, lane);
+        *reinterpret_cast<float2*>(target) = make_float2(sums[fn][i], sums[fn][i + 1]);
       }
     }
   }
 
-  const ScaleIndices indices(p, b, tile_m + warp_m, tile_n + warp_n, lane);
-  float largest = 0.0f;
-#pragma unroll
-  for (int fm = 0; fm < kFragmentsM; ++fm) {
-#pragma unroll
-    for (int fn = 0; fn < kFragmentsN; ++fn) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int64_t m = tile_m + warp_m + fragment_row(fm, i, lane);
-        const int64_t n = tile_n + warp_n + fragment_column(fn, i, lane);
-        if (m >= p.m || n >= p.n) continue;
-        float value = total[fm][fn][i];
-        if constexpr (!blocks) {
-          value = apply_scales(sums[fm][fn][i], p.x.scale[indices.x[fm * 2 + i / 2]],
-                               p.w.scale[indices.w[fn * 2 + i % 2]]);
-        }
-        value = finish(p, value, n);
+  // Returns the largest magnitude.
+  template <bool scale>
+  __device__ static float finish(const Product& p, const float* patch, int64_t b, int64_t row0,
+                                 int64_t column0, int lane) {
+    float largest = 0.0f;
+#pragma unroll 1
+    for (int column = lane; column < Tile::kWarpN; column += 32) {
+      const int64_t n = column0 + column;
+      if (n >= p.n) break;
+      const float w_scale = scale ? p.w.scale_at(b, n, 0) : 1.0f;
+#pragma unroll 4
+      for (int row = 0; row < 16; ++row) {
+        const int64_t m = row0 + row;
+        if (m >= p.m) break;
+        float value = patch[row * kPitch + column];
+        if (scale) value = apply_scales(value, p.x.scale_at(b, m, 0), w_scale);
+        value = jax_fp8::finish(p, value, n);
         store(p, value, (b * p.m + m) * p.n + n);
         largest = bits_float(max(float_bits(largest), float_bits(fabsf(value))));
       }
     }
+    return largest;
+  }
+};
+
+// --- The kernel ----------------------------------------------------------------------------------
+
+// `wide`: X is of the type `mma`, and not FP8.
+template <typename Tile, Type mma, bool wide, bool blocks, bool aligned>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
+    decode_kernel(Product p, int64_t tiles_m, int64_t tiles_n) {
+  extern __shared__ __align__(128) uint8_t memory[];
+  const int64_t tile = blockIdx.x % (tiles_m * tiles_n), b = blockIdx.x / (tiles_m * tiles_n);
+  const int64_t group0 = tile / (kGroup * tiles_n) * kGroup;
+  const int64_t group = min(tiles_m - group0, int64_t{kGroup});
+  const int64_t tile_m = (group0 + tile % (kGroup * tiles_n) % group) * Tile::kM;
+  const int64_t tile_n = tile % (kGroup * tiles_n) / group * Tile::kN;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int warp_m = warp % (Tile::kM / Tile::kWarpM) * Tile::kWarpM;
+  const int warp_n = warp / (Tile::kM / Tile::kWarpM) * Tile::kWarpN;
+
+  using SourceOfX = Source<Tile::kM, Tile::kThreads, wide ? 2 : 1, aligned>;
+  using SourceOfW = Source<Tile::kN, Tile::kThreads, 1, aligned>;
+  const SourceOfX x(p.x.at(b * p.m * p.k), tile_m, p.m, p.k);
+  const SourceOfW w(p.w.at(b * p.n * p.k), tile_n, p.n, p.k);
+  const bool x_e4m3 = p.x.type == Type::kE4M3, w_e4m3 = p.w.type == Type::kE4M3;
+  constexpr int kXChunks = wide ? 0 : SourceOfX::kChunks;
+  constexpr int kChunks = kXChunks + SourceOfW::kChunks;
+  uint4 codes[kChunks];
+  const auto load = [&](int i, int64_t k) {
+    codes[i] = i < kXChunks ? x.load(i, k) : w.load(i - kXChunks, k);
+  };
+  const auto decode = [&](int i, uint8_t* stage) {
+    if (i < kXChunks) {
+      x.template decode<mma>(i, codes[i], x_e4m3, stage);
+    } else {
+      w.template decode<mma>(i - kXChunks, codes[i], w_e4m3, stage + Tile::kXBytes);
+    }
+  };
+  const auto copy = [&](int64_t k, uint8_t* stage) {
+    if constexpr (wide) {
+#pragma unroll
+      for (int i = 0; i < SourceOfX::kChunks; ++i) x.copy(i, k, stage);
+    }
+  };
+
+  copy(0, memory);
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) load(i, 0);
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) {
+    decode(i, memory);
+    load(i, kStep);
+  }
+  wait_for_copies();
+  __syncthreads();
+
+  Sums<Tile> sums = {}, total = {};
+  Scales<Tile> scales;
+  int slot = 0;
+  for (int64_t k = 0; k < p.k; k += kStep, slot ^= 1) {
+    if (blocks && k % kBlock == 0) {  // In flight while the tensor cores work.
+      scales.load(p, b, tile_m + warp_m, tile_n + warp_n, k / kBlock, lane);
+    }
+    const uint8_t* stage = memory + slot * Tile::kStageBytes;
+    uint8_t* next = memory + (slot ^ 1) * Tile::kStageBytes;
+    copy(k + kStep, next);
+    constexpr int kSlices = kStep / kSlice;
+#pragma unroll
+    for (int slice = 0; slice < kSlices; ++slice) {
+      multiply_slice<Tile, mma>(sums, stage, stage + Tile::kXBytes, slice, warp_m, warp_n, lane);
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) {
+        if (i * kSlices / kChunks != slice) continue;
+        decode(i, next);
+        load(i, k + 2 * kStep);
+      }
+    }
+    wait_for_copies();
+    __syncthreads();  // This stage has been read, and the next one is there.
+    if constexpr (blocks) {
+      const int64_t end = k + kStep;
+      if (end % kBlock == 0 || end >= p.k) scales.promote(total, sums);
+    }
+  }
+
+  float largest = 0.0f;
+  auto* const patch = reinterpret_cast<float*>(memory) + warp * Patch<Tile>::kSize;
+#pragma unroll
+  for (int fm = 0; fm < Tile::kFragmentsM; ++fm) {
+    Patch<Tile>::write(patch, blocks ? total[fm] : sums[fm], lane);
+    __syncwarp();
+    const float amax = Patch<Tile>::template finish<!blocks>(p, patch, b, tile_m + warp_m + fm * 16,
+                                                             tile_n + warp_n, lane);
+    largest = bits_float(max(float_bits(largest), float_bits(amax)));
+    __syncwarp();
   }
   if (p.amax != nullptr) amax_to_memory(p.amax, largest);
 }
 
-template <bool aligned>
-void launch(const Product& p, cudaStream_t stream) {
-  const int64_t tiles_m = ceil_div(p.m, kTileM), tiles_n = ceil_div(p.n, kTileN);
-  const auto grid = static_cast<unsigned>(tiles_m * tiles_n * p.batch);
-  if (p.x.per_block() || p.w.per_block()) {
-    decode_kernel<aligned, true><<<grid, kThreads, 0, stream>>>(p, tiles_m, tiles_n);
-  } else {
-    decode_kernel<aligned, false><<<grid, kThreads, 0, stream>>>(p, tiles_m, tiles_n);
+// --- Which tile ----------------------------------------------------------------------------------
+
+struct Device {
+  int processors, shared_memory;
+};
+
+cudaError_t describe_device(Device* device) {
+  int ordinal = 0;
+  cudaError_t error = cudaGetDevice(&ordinal);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&device->processors, cudaDevAttrMultiProcessorCount, ordinal);
   }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&device->shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                   ordinal);
+  }
+  return error;
+}
+
+// What a product takes with this tile: the waves of thread blocks, each as long as its tiles are
+// large. Infinite where a block does not fit.
+template <typename Tile>
+double cost(const Product& p, const Device& device) {
+  if (Tile::kStageBytes * kStages > device.shared_memory) return INFINITY;
+  const int64_t tiles = ceil_div(p.m, Tile::kM) * ceil_div(p.n, Tile::kN) * p.batch;
+  const int64_t waves = ceil_div(tiles, int64_t{device.processors} * Tile::kBlocks);
+  // Smaller tiles read more of shared memory and of L2 for as many products.
+  const double overhead = 1.0 + 24.0 / Tile::kM + 24.0 / Tile::kN;
+  return static_cast<double>(waves) * Tile::kBlocks * Tile::kM * Tile::kN * overhead;
+}
+
+template <typename Tile, Type mma, bool wide, bool blocks, bool aligned>
+cudaError_t launch(const Product& p, cudaStream_t stream) {
+  const int64_t tiles_m = ceil_div(p.m, Tile::kM), tiles_n = ceil_div(p.n, Tile::kN);
+  const auto kernel = decode_kernel<Tile, mma, wide, blocks, aligned>;
+  constexpr int kBytes = Tile::kStageBytes * kStages;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  const auto grid = static_cast<unsigned>(tiles_m * tiles_n * p.batch);
+  kernel<<<grid, Tile::kThreads, kBytes, stream>>>(p, tiles_m, tiles_n);
+  return cudaGetLastError();
+}
+
+// Block scales need a second set of sums, and so smaller tiles of a warp.
+using Large = Tile<128, 256, 64, 64, 1>;
+using Middle = Tile<128, 128, 64, 64, 2>;
+using Small = Tile<64, 128, 32, 64, 2>;
+using LargeOfBlocks = Tile<128, 128, 64, 32, 1>;
+using SmallOfBlocks = Tile<64, 128, 32, 32, 2>;
+
+template <Type mma, bool wide>
+cudaError_t choose(const Product& p, cudaStream_t stream) {
+  const auto address =
+      reinterpret_cast<uintptr_t>(p.x.data) | reinterpret_cast<uintptr_t>(p.w.data);
+  const bool aligned = p.k % kChunk == 0 && address % kChunk == 0;
+  const bool blocks = p.blocks();
+  Device device{};
+  if (const cudaError_t error = describe_device(&device); error != cudaSuccess) return error;
+  if (!aligned) {
+    return blocks ? launch<SmallOfBlocks, mma, wide, true, false>(p, stream)
+                  : launch<SmallOfBlocks, mma, wide, false, false>(p, stream);
+  }
+  if (blocks) {
+    return cost<LargeOfBlocks>(p, device) <= cost<SmallOfBlocks>(p, device)
+               ? launch<LargeOfBlocks, mma, wide, true, true>(p, stream)
+               : launch<SmallOfBlocks, mma, wide, true, true>(p, stream);
+  }
+  const double small = cost<Small>(p, device);
+  const double middle = cost<Middle>(p, device), large = cost<Large>(p, device);
+  if (large <= std::min(middle, small)) return launch<Large, mma, wide, false, true>(p, stream);
+  return middle <= small ? launch<Middle, mma, wide, false, true>(p, stream)
+                         : launch<Small, mma, wide, false, true>(p, stream);
 }
 
 }  // namespace
 
-cudaError_t decode_matmul(const Product& p, cudaStream_t stream) {
-  const auto address =
-      reinterpret_cast<uintptr_t>(p.x.data) | reinterpret_cast<uintptr_t>(p.w.data);
-  if (p.k % kChunk == 0 && address % kChunk == 0) {
-    launch<true>(p, stream);
-  } else {
-    launch<false>(p, stream);
+std::string decode_refusal(const Product& p, int capability) {
+  if (capability < 75) return "its kernels begin with compute capability 7.5";
+  if (p.x.type == Type::kBF16 && capability < 80) {
+    return "bfloat16 tensor cores begin with compute capability 8.0";
   }
-  return cudaGetLastError();
+  return "";
+}
+
+cudaError_t decode_matmul(const Product& p, cudaStream_t stream) {
+  if (p.x.type == Type::kBF16) return choose<Type::kBF16, true>(p, stream);
+  if (p.x.type == Type::kF16) return choose<Type::kF16, true>(p, stream);
+  return choose<Type::kF16, false>(p, stream);
 }
 
 }  // namespace jax_fp8

@@ -17,8 +17,12 @@ namespace jax_fp8 {
 // The element types of all operations.
 enum class Type : int { kF32, kBF16, kF16, kE4M3, kE5M2 };
 
-inline bool is_fp8(Type type) { return type == Type::kE4M3 || type == Type::kE5M2; }
-inline int64_t byte_width(Type type) { return is_fp8(type) ? 1 : (type == Type::kF32 ? 4 : 2); }
+__host__ __device__ constexpr bool is_fp8(Type type) {
+  return type == Type::kE4M3 || type == Type::kE5M2;
+}
+__host__ __device__ inline int64_t byte_width(Type type) {
+  return is_fp8(type) ? 1 : (type == Type::kF32 ? 4 : 2);
+}
 inline const char* type_name(Type type) {
   switch (type) {
     case Type::kF32:

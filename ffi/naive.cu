@@ -8,36 +8,54 @@ namespace {
 
 constexpr int kTileN = 32, kTileM = 8;
 
-// Calls body<x type, w type>().
+template <Type type>
+using Constant = std::integral_constant<Type, type>;
+
+// Calls body(x type, w type), each as a Constant.
 template <typename Body>
-auto for_types(Type x, Type w, Body body) {
-  using E4M3 = std::integral_constant<Type, Type::kE4M3>;
-  using E5M2 = std::integral_constant<Type, Type::kE5M2>;
-  if (x == Type::kE4M3) return w == Type::kE4M3 ? body(E4M3{}, E4M3{}) : body(E4M3{}, E5M2{});
-  return w == Type::kE4M3 ? body(E5M2{}, E4M3{}) : body(E5M2{}, E5M2{});
+void for_types(Type x, Type w, Body body) {
+  const auto with_x = [&](auto x_type) {
+    w == Type::kE4M3 ? body(x_type, Constant<Type::kE4M3>{})
+                     : body(x_type, Constant<Type::kE5M2>{});
+  };
+  switch (x) {
+    case Type::kE4M3:
+      return with_x(Constant<Type::kE4M3>{});
+    case Type::kE5M2:
+      return with_x(Constant<Type::kE5M2>{});
+    case Type::kBF16:
+      return with_x(Constant<Type::kBF16>{});
+    case Type::kF16:
+      return with_x(Constant<Type::kF16>{});
+    case Type::kF32:  // Refused by the handler.
+      return;
+  }
 }
 
 template <Type type>
 struct Decode {
-  __host__ __device__ float operator()(uint8_t code) const { return decode<type>(code); }
+  __host__ __device__ float operator()(const uint8_t* data, int64_t i) const {
+    if constexpr (is_fp8(type)) {
+      return decode<type>(data[i]);
+    } else {
+      return load_as_float(data, type, i);
+    }
+  }
 };
 
 // 256 values, against a conversion for each of the 2 M N K codes.
+template <Type type>
 struct Table {
   float values[256];
-  template <Type type>
-  static Table of() {
-    Table table;
-    for (int code = 0; code < 256; ++code) {
-      table.values[code] = decode<type>(static_cast<uint8_t>(code));
-    }
-    return table;
+  Table() {
+    for (int code = 0; code < 256; ++code) values[code] = decode<type>(static_cast<uint8_t>(code));
+  }
+  __host__ __device__ float operator()(const uint8_t* data, int64_t i) const {
+    return values[data[i]];
   }
 };
-struct Lookup {
-  const Table& table;
-  __host__ __device__ float operator()(uint8_t code) const { return table.values[code]; }
-};
+template <Type type>
+using HostDecode = std::conditional_t<is_fp8(type), Table<type>, Decode<type>>;
 
 template <Type x_type, Type w_type>
 __device__ float element(const Product& p, int64_t b, int64_t m, int64_t n) {
@@ -92,13 +110,13 @@ cudaError_t repair_infinities(const Product& p, cudaStream_t stream) {
 
 void naive_host(const Product& p) {
   for_types(p.x.type, p.w.type, [&](auto x, auto w) {
-    const Table x_table = Table::of<decltype(x)::value>(),
-                w_table = Table::of<decltype(w)::value>();
+    const HostDecode<decltype(x)::value> decode_x;
+    const HostDecode<decltype(w)::value> decode_w;
     float amax = 0.0f;
     for (int64_t b = 0; b < p.batch; ++b) {
       for (int64_t m = 0; m < p.m; ++m) {
         for (int64_t n = 0; n < p.n; ++n) {
-          const float value = naive_element(p, b, m, n, Lookup{x_table}, Lookup{w_table});
+          const float value = naive_element(p, b, m, n, decode_x, decode_w);
           store(p, value, (b * p.m + m) * p.n + n);
           // As integers, where a NaN is the largest.
           amax = bits_float(std::max(float_bits(amax), float_bits(std::fabs(value))));

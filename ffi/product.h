@@ -13,8 +13,9 @@ constexpr int64_t kBlock = 128;  // Edge of a scale block.
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// An FP8 operand (batch, rows, K) with its scales. block_rows and block_cols say how many rows and
-// columns share a scale, 0 standing for all of them.
+// An operand (batch, rows, K) with its scales. block_rows and block_cols say how many rows and
+// columns share a scale, 0 standing for all of them. W is FP8; X is FP8, or bfloat16 or float16,
+// which has one scale that is 1.
 struct Operand {
   const uint8_t* data;
   const float* scale;
@@ -24,8 +25,13 @@ struct Operand {
   int64_t scale_cols;   // Scales along K.
   int64_t scale_batch;  // Distance between the scales of batch entries, 0 if they share them.
 
+  bool wide() const { return !is_fp8(type); }
   bool per_tensor() const { return block_rows == 0; }
   bool per_block() const { return block_cols != 0; }
+
+  __host__ __device__ const uint8_t* at(int64_t element) const {
+    return data + element * byte_width(type);
+  }
 
   // Index of the first scale of a row. The branches spare the GPU a division.
   __host__ __device__ int64_t scale_index(int64_t batch, int64_t row) const {
@@ -51,6 +57,8 @@ struct Product {
   const float* inverse_out_scale;  // One float when D is FP8, else null.
   float* amax;                     // Likewise.
   bool fast;                       // Accumulation.
+
+  bool blocks() const { return x.per_block() || w.per_block(); }
 };
 
 }  // namespace jax_fp8

@@ -26,14 +26,21 @@ struct Arguments {
   int64_t capability;
 };
 
-xffi::Error make_operand(const char* name, const xffi::AnyBuffer& data,
+// `wide`: it may also be 16 bits wide, with one scale that is 1.
+xffi::Error make_operand(const char* name, bool wide, const xffi::AnyBuffer& data,
                          const xffi::AnyBuffer& scale, int64_t block_rows, int64_t block_cols,
                          Operand* operand) {
-  if (!to_type(data.element_type(), &operand->type) || !is_fp8(operand->type) ||
-      dims(data).size() != 3) {
-    return invalid(kName, ": ", name,
-                   " must be (batch, rows, K) of float8_e4m3fn or float8_e5m2, got ",
+  const bool known = to_type(data.element_type(), &operand->type) &&
+                     (is_fp8(operand->type) || (wide && operand->type != Type::kF32));
+  if (!known || dims(data).size() != 3) {
+    return invalid(kName, ": ", name, " must be (batch, rows, K) of ",
+                   wide ? "float8_e4m3fn, float8_e5m2, bfloat16 or float16, got "
+                        : "float8_e4m3fn or float8_e5m2, got ",
                    describe(data));
+  }
+  if (operand->wide() && (block_rows != 0 || scale.element_count() != 1)) {
+    return invalid(kName, ": ", name, " of 16 bits has one scale, which is 1; got block (",
+                   block_rows, ", ", block_cols, ") and ", describe(scale));
   }
   if (!known_block(block_rows, block_cols)) {
     return invalid(kName, ": unknown block (", block_rows, ", ", block_cols, ") of ", name);
@@ -65,11 +72,11 @@ std::optional<Activation> to_activation(std::string_view name) {
 }
 
 xffi::Error make_product(const Arguments& a, Product* p) {
-  if (auto error = make_operand("x", a.x, a.x_scale, a.x_block_rows, a.x_block_cols, &p->x);
+  if (auto error = make_operand("x", true, a.x, a.x_scale, a.x_block_rows, a.x_block_cols, &p->x);
       error.failure()) {
     return error;
   }
-  if (auto error = make_operand("w", a.w, a.w_scale, a.w_block_rows, a.w_block_cols, &p->w);
+  if (auto error = make_operand("w", false, a.w, a.w_scale, a.w_block_rows, a.w_block_cols, &p->w);
       error.failure()) {
     return error;
   }
@@ -112,7 +119,7 @@ xffi::Error make_product(const Arguments& a, Product* p) {
     p->inverse_out_scale = static_cast<const float*>(a.inverse_out_scale.untyped_data());
     p->amax = static_cast<float*>(a.amax.untyped_data());
   }
-  p->fast = a.fast;
+  p->fast = a.fast && !p->blocks() && !p->x.wide();  // There are no such kernels of these.
   return xffi::Error::Success();
 }
 
@@ -186,7 +193,8 @@ xffi::Error run_on_cuda(Stage stage, cudaStream_t stream, int32_t ordinal, const
     }
     // Without sums there is no product to give to cublasLt; the naive kernel writes the bias.
     const bool empty = p.k == 0;
-    if (!empty && (a.implementation == "cublaslt" || (any && call.capability >= 89))) {
+    const bool try_cublaslt = any && call.capability >= 89 && !p.x.wide();
+    if (!empty && (a.implementation == "cublaslt" || try_cublaslt)) {
       lt::Ran ran;
       const lt::Result result = execute ? lt::run(call, &ran) : lt::prepare(call);
       if (result.outcome == lt::Outcome::kDone) {
@@ -205,12 +213,13 @@ xffi::Error run_on_cuda(Stage stage, cudaStream_t stream, int32_t ordinal, const
       const cudaError_t error = cudaMemsetAsync(p.amax, 0, sizeof(float), stream);
       if (error != cudaSuccess) return from_cuda(kName, error);
     }
-    if (empty || a.implementation == "naive" || (any && call.capability < 75)) {
+    const std::string cannot_decode = decode_refusal(p, call.capability);
+    if (empty || a.implementation == "naive" || (any && !cannot_decode.empty())) {
       note_product(p, "cuda", "naive");
       return from_cuda(kName, naive_device(p, stream));
     }
     if (a.implementation != "decode" && !any) return refuse(a, "there is none of that name");
-    if (call.capability < 75) return refuse(a, "its kernels begin with compute capability 7.5");
+    if (!cannot_decode.empty()) return refuse(a, cannot_decode);
     note_product(p, "cuda", "decode");
     return from_cuda(kName, decode_matmul(p, stream));
   });

@@ -155,6 +155,11 @@ def arbitrary_error(magnitudes):
     return 2.0**-6 * magnitudes
 
 
+def sum_error(magnitudes, k):
+    """For float32 sums in any order, whose additions may cut off what they do not keep."""
+    return (k + 8) * 2.0**-23 * magnitudes
+
+
 def half_ulp(value, dtype):
     info = ml_dtypes.finfo(dtype)
     _, exponent = np.frexp(np.maximum(np.abs(value), float(info.smallest_normal)))

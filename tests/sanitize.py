@@ -86,8 +86,6 @@ def variants_of(implementation, pair):
         return
     epilogues = itertools.cycle(itertools.product(BIASES, ACTIVATIONS))
     for shape, granularities in itertools.product(PRODUCT_SHAPES, GRANULARITIES):
-        if implementation == "cublaslt" and granularities == ref.BLOCKS:
-            continue
         # Any codes of E5M2 would leave the range of float16.
         outs = [out for out in (*ref.WIDE, *ref.FP8) if out != ref.F16 or ref.E5M2 not in pair]
         for out in outs:

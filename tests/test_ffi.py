@@ -309,7 +309,13 @@ def test_quantize_refuses(handlers, changed, message):
             {"x": np.ones((3, 16), E4M3)},
             r"x must be \(batch, rows, K\) .*got float8_e4m3fn\[3,16\]",
         ),
-        ({"x": np.ones((2, 3, 16), BF16)}, r"x must be .*got bfloat16\[2,3,16\]"),
+        ({"x": np.ones((2, 3, 16), np.float32)}, r"x must be .*got float32\[2,3,16\]"),
+        ({"x": np.ones((2, 3, 16), BF16)}, r"x of 16 bits .* is 1; got block \(1, 0\) and float32"),
+        (
+            {"x": np.ones((2, 3, 16), BF16), "x_block": (0, 0)},
+            r"got .*\(0, 0\) and float32\[2,3,1\]",
+        ),
+        ({"w": np.ones((2, 16, 16), BF16)}, r"w must be .*got bfloat16\[2,16,16\]"),
         (
             {"w": np.ones((16, 16), E4M3)},
             r"w must be \(batch, rows, K\) .*got float8_e4m3fn\[16,16\]",

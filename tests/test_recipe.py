@@ -42,6 +42,25 @@ def test_named_recipes(name, activation, weight):
     assert {recipe.activation.dtype, recipe.weight.dtype} == {jnp.dtype(jnp.float8_e4m3fn)}
 
 
+def test_weight_only_leaves_the_activation_wide():
+    recipe = get_recipe("operation", "weight_only")
+    assert recipe.activation is None
+    assert recipe.weight == Operand(jnp.float8_e4m3fn, "row")
+
+
+@pytest.mark.parametrize(
+    "operands, message",
+    [
+        (("row",), "Recipe: activation must be an Operand or None, got str"),
+        ((Operand(), None), "Recipe: weight must be an Operand, got NoneType"),
+    ],
+    ids=["activation", "weight"],
+)
+def test_operands_of_a_recipe_are_operands(operands, message):
+    with pytest.raises(TypeError, match=message):
+        Recipe(*operands)
+
+
 def test_a_recipe_is_taken_as_it_is():
     recipe = Recipe(Operand(granularity="row"))
     assert get_recipe("operation", recipe) is recipe

@@ -178,14 +178,6 @@ def test_cublaslt_has_no_product_of_e5m2_with_e5m2(rng):
     refuses(NotImplementedError, message, x, w, implementation="cublaslt")
 
 
-@pytest.mark.parametrize("blocked", ["x", "w"])
-def test_cublaslt_takes_no_block_scales(rng, blocked):
-    x = operand(rng, (4, 32), granularity=(1, 128) if blocked == "x" else "tensor")
-    w = operand(rng, (8, 32), granularity=(128, 128) if blocked == "w" else "row")
-    message = ".*'cublaslt' cannot multiply .*block-scaled operands"
-    refuses(NotImplementedError, message, x, w, implementation="cublaslt")
-
-
 @pytest.mark.parametrize("named", ["cublaslt", "decode"])
 def test_what_the_cpu_has_not_is_refused_when_it_runs(x, w, named):
     if jax.default_backend() != "cpu":

@@ -80,7 +80,8 @@ def test_the_default_on_every_generation(rng, forced_capability, capability, gra
     expected, magnitudes = ref.product(x, w, bias)
     error = ref.epilogue_error(expected, ref.random_error(magnitudes, 272, False), None, bias)
     ref.assert_close(got, expected, error)
-    tensor_cores = capability >= 89 and granularities != ref.BLOCKS
+    blocks = granularities == ref.BLOCKS
+    tensor_cores = capability == 90 if blocks else capability >= 89
     assert plan["implementation"] == ("cublaslt" if tensor_cores else "decode")
     if tensor_cores:
         rows = granularities != ("tensor", "tensor")
@@ -107,6 +108,74 @@ def test_fp8_results_on_every_generation(rng, forced_capability, capability, gra
     data = ref.round_saturate(expected, np.float32(2), out).astype(np.float32)
     np.testing.assert_array_equal(np.asarray(got.data).astype(np.float32), data)
     assert float(amax) == np.abs(expected).max()
+
+
+@pytest.mark.parametrize("capability", [89, 100, 120])
+def test_block_scales_are_refused_off_hopper(rng, forced_capability, capability):
+    forced_capability(capability)
+    x, w = operand(rng, (4, 32), granularity=(1, 128)), operand(rng, (8, 32), granularity="row")
+    message = "cublasLt has block scales on compute capability 9.x alone"
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax_fp8.scaled_matmul(x, w, implementation="cublaslt").block_until_ready()
+
+
+# Rows beyond a multiple of 4; scales along K that are no multiple of 4; and all that is.
+BLOCK_SHAPES = [(4, 256, 512), (7, 144, 528), (130, 200, 1040), (257, 136, 16), (1024, 512, 1024)]
+
+
+@pytest.mark.parametrize("x_granularity", ref.GRANULARITIES, ids=pair_id)
+@pytest.mark.parametrize("w_granularity", ref.GRANULARITIES, ids=pair_id)
+@pytest.mark.parametrize("shape", BLOCK_SHAPES, ids=pair_id)
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": ref.BF16, "activation": "gelu"}, {"bias": ref.F32}], ids=str
+)
+def test_block_scales_in_cublaslt(
+    rng, forced_capability, x_granularity, w_granularity, shape, options
+):
+    if x_granularity not in ref.BLOCKS and w_granularity not in ref.BLOCKS:
+        pytest.skip("no blocks")
+    forced_capability(90)
+    m, n, k = shape
+    x = operand(rng, (m, k), granularity=x_granularity)
+    w = operand(rng, (n, k), granularity=w_granularity)
+    bias = jnp.asarray(rng.standard_normal(n), options["bias"]) if "bias" in options else None
+    activation = options.get("activation")
+    got, plan = multiply_and_plan(x, w, bias=bias, activation=activation, **F32_OUT)
+    expected, magnitudes = ref.product(x, w, bias, activation)
+    sums, _ = ref.product(x, w, bias)
+    error = ref.random_error(magnitudes, k, fast=False)
+    ref.assert_close(got, expected, ref.epilogue_error(sums, error, activation, bias, True))
+    assert (plan["implementation"], plan["accumulation"]) == ("cublaslt", "precise")
+    assert (SECOND_KERNEL in plan["algorithm"]) == (options.get("bias") == ref.F32)
+
+
+@pytest.mark.parametrize("out", [*ref.WIDE, *ref.FP8], ids=pair_id)
+@pytest.mark.parametrize("shape", [(3, 30, 272), (2, 5000, 272)], ids=pair_id)
+def test_block_scaled_batches_and_results(rng, forced_capability, out, shape):
+    forced_capability(90)
+    x = integers(rng, shape, granularity=(1, 128), largest=1)
+    w = integers(rng, (shape[0], 272, 272), granularity=(128, 128), largest=1)
+    options = {"output_scale": 4.0} if out in ref.FP8 else {}
+    got, plan = multiply_and_plan(x, w, preferred_element_type=out, **options)
+    assert plan["implementation"] == "cublaslt"
+    expected = ref.product(x, w)[0].astype(np.float32)
+    if out in ref.FP8:
+        got, expected = got.data, ref.round_saturate(expected, np.float32(0.25), out)
+    np.testing.assert_array_equal(
+        np.asarray(got).astype(np.float32), expected.astype(out).astype(np.float32)
+    )
+
+
+@pytest.mark.parametrize("m", [1, 2, 3])
+def test_few_rows_of_block_scales(rng, forced_capability, m):
+    forced_capability(90)
+    x = operand(rng, (m, 272), granularity=(1, 128))
+    w = operand(rng, (48, 272), granularity=(128, 128))
+    expected, magnitudes = ref.product(x, w)
+    for implementation in ("cublaslt", None):
+        got, plan = multiply_and_plan(x, w, implementation=implementation, **F32_OUT)
+        assert implementation is None or plan["implementation"] == implementation
+        ref.assert_close(got, expected, ref.random_error(magnitudes, 272, fast=False))
 
 
 @pytest.mark.parametrize("capability", [75, 80])

@@ -13,9 +13,10 @@ from jax_fp8._src.scaled_array import (
     ScaledArray,
     check_fp8_dtype,
     check_granularity,
+    check_scaled_array,
     describe,
 )
-from jax_fp8._src.scaled_matmul import scaled_matmul
+from jax_fp8._src.scaled_matmul import multiply
 
 
 def matmul(
@@ -36,11 +37,16 @@ def matmul(
 ) -> Any:
     """Multiplies wide activations by FP8 weights: ``quantize(x)``, then ``scaled_matmul``.
 
+    With the recipe ``"weight_only"`` ``x`` stays as it is: the weights are decoded, exactly, on
+    their way to 16-bit tensor cores, and the sums are float32. It loses nothing but what the
+    weights have lost; FP8 tensor cores, with twice the speed, it leaves idle.
+
     Args:
-      x: ``(..., M, K)``; float32, bfloat16 or float16.
+      x: ``(..., M, K)``; float32, bfloat16 or float16. ``"weight_only"``: bfloat16 or float16.
       w: a ScaledArray of ``(N, K)``, or ``(*batch, N, K)`` with ``x`` of ``(*batch, M, K)``.
       granularity: of ``x``'s scales; None takes what ``recipe`` says for activations.
-      recipe: ``"tensorwise"``, ``"rowwise"``, ``"blockwise"`` or a ``Recipe``.
+      recipe: ``"tensorwise"``, ``"rowwise"``, ``"blockwise"``, ``"weight_only"`` or a ``Recipe``.
+        What it says of weights is not read: ``w`` has its own dtype and granularity.
       scale: the static scale of ``x``; None takes it from ``x``.
       dtype: of the quantized ``x``; None takes what ``recipe`` says.
       bias: as in ``scaled_matmul``.
@@ -57,11 +63,14 @@ def matmul(
     Raises:
       TypeError: when ``w`` is no ScaledArray; use ``jax.numpy`` or ``jax.lax`` for two wide
         arrays. Otherwise as ``quantize`` and ``scaled_matmul``.
+      ValueError: for a ``granularity``, ``scale`` or ``dtype`` of an ``x`` that stays wide.
 
     >>> import jax.numpy as jnp, jax_fp8
     >>> x, w = 7 * jnp.ones((2, 16)), jax_fp8.quantize(7 * jnp.ones((3, 16)), granularity="row")
     >>> jax_fp8.matmul(x, w, granularity="row").tolist()
     [[784.0, 784.0, 784.0], [784.0, 784.0, 784.0]]
+    >>> jax_fp8.matmul(x.astype(jnp.bfloat16), w, recipe="weight_only").dtype
+    dtype(bfloat16)
     """
     op = "matmul"
     if isinstance(x, ScaledArray):
@@ -76,18 +85,32 @@ def matmul(
     if x.dtype not in WIDE_DTYPES:
         raise TypeError(f"{op}: x must be float32, bfloat16 or float16, got {x.dtype}{x.shape}")
     operand = get_recipe(op, recipe).activation
-    xq = quantize(
-        x,
-        dtype=operand.dtype if dtype is None else check_fp8_dtype(op, "dtype", dtype),
-        granularity=operand.granularity
-        if granularity is None
-        else check_granularity(op, granularity),
-        scale=scale,
-        implementation="xla" if implementation == "xla" else None,
-    )
-    return scaled_matmul(
+    if operand is None:
+        if any(option is not None for option in (granularity, scale, dtype)):
+            raise ValueError(
+                f"{op}: granularity, scale and dtype say how x is quantized, and with the recipe"
+                " 'weight_only' it is not"
+            )
+        if x.dtype == jnp.float32:
+            raise TypeError(
+                f"{op}: the recipe 'weight_only' takes x of bfloat16 or float16, got"
+                f" {x.dtype}{x.shape}; cast it, or quantize it with another recipe"
+            )
+        xq = ScaledArray(x, jnp.ones((1,) * x.ndim, jnp.float32))
+    else:
+        xq = quantize(
+            x,
+            dtype=operand.dtype if dtype is None else check_fp8_dtype(op, "dtype", dtype),
+            granularity=operand.granularity
+            if granularity is None
+            else check_granularity(op, granularity),
+            scale=scale,
+            implementation="xla" if implementation == "xla" else None,
+        )
+    return multiply(
+        op,
         xq,
-        w,
+        check_scaled_array(op, "w", w),
         bias=bias,
         activation=activation,
         preferred_element_type=x.dtype

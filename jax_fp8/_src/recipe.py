@@ -34,18 +34,27 @@ class Recipe:
     """How the operands of a product are quantized, from the values at hand.
 
     Attributes:
-      activation: the wide operand of ``matmul``.
+      activation: the wide operand of ``matmul``; None leaves it as it is, 16 bits wide.
       weight: the operand that is quantized ahead.
     """
 
-    activation: Operand = Operand()
+    activation: Operand | None = Operand()
     weight: Operand = Operand()
+
+    def __post_init__(self) -> None:
+        for name, none in (("activation", " or None"), ("weight", "")):
+            operand = getattr(self, name)
+            if not (isinstance(operand, Operand) or (none and operand is None)):
+                raise TypeError(
+                    f"Recipe: {name} must be an Operand{none}, got {type(operand).__name__}"
+                )
 
 
 RECIPES = {
     "tensorwise": Recipe(),
     "rowwise": Recipe(Operand(granularity="row"), Operand(granularity="row")),
     "blockwise": Recipe(Operand(granularity=(1, BLOCK)), Operand(granularity=(BLOCK, BLOCK))),
+    "weight_only": Recipe(None, Operand(granularity="row")),
 }
 
 

@@ -57,6 +57,11 @@ class CallConfig:
     #: Pretends this compute capability (as 90 for 9.0) when not 0. For tests alone.
     capability: int = 0
 
+    @property
+    def has_blocks(self) -> bool:
+        """Whether a scale changes along K."""
+        return isinstance(self.x_granularity, tuple) or isinstance(self.w_granularity, tuple)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Folded:
@@ -118,14 +123,13 @@ def _reference(
     Without a bias, or an FP8 result, their operands are placeholders, and so is the amax.
     """
     wide_x, wide_w = x.astype(jnp.float32), w.astype(jnp.float32)
-    blocks = isinstance(config.x_granularity, tuple) or isinstance(config.w_granularity, tuple)
-    if blocks:
+    if config.has_blocks:
         wide_x = wide_x * expand_scale(x_scale, x.shape, config.x_granularity)
         wide_w = wide_w * expand_scale(w_scale, w.shape, config.w_granularity)
     y = lax.dot_general(
         wide_x, wide_w, (((2,), (2,)), ((0,), (0,))), precision=lax.Precision.HIGHEST
     )
-    if not blocks:
+    if not config.has_blocks:
         # After the product, the larger scale first: what leaves float32's range then is infinite,
         # and no value is lost below it.
         w_scale = w_scale.mT
@@ -149,15 +153,22 @@ def _kernel(config: CallConfig, *operands: jax.Array) -> tuple[jax.Array, jax.Ar
     """The handler. What cublasLt wants of N and K is static, so it is settled here, by padding.
 
     cublasLt reads K in steps of 16 bytes and writes rows of D that start at multiples of 16
-    bytes. Zeros appended to K add nothing to the sums; columns appended to N are cut off again.
+    bytes. Zeros appended to K add nothing to the sums; columns appended to N are cut off again,
+    and so are rows appended to M, of which block scales want 4.
     """
     x, x_scale, w, w_scale, bias, inverse_out_scale = operands
-    n = w.shape[1]
+    m, n = x.shape[1], w.shape[1]
     is_fp8 = config.out_dtype in FP8_DTYPES
     nothing = jnp.zeros((0,), jnp.float32)
-    cublaslt = config.implementation in (None, "cublaslt")
+    is_wide = x.dtype not in FP8_DTYPES
+    cublaslt = config.implementation in (None, "cublaslt") and not is_wide
     if cublaslt and 0 not in (x.shape[1], n, x.shape[2]):
         align_n = 16 // config.out_dtype.itemsize
+        if config.implementation == "cublaslt" and config.has_blocks:
+            least_m = max(m, 4)
+            x = jnp.pad(x, ((0, 0), (0, least_m - m), (0, 0)))
+            if config.x_granularity in ("row", (1, BLOCK)):
+                x_scale = jnp.pad(x_scale, ((0, 0), (0, least_m - m), (0, 0)))
         x, w = _pad(x, 1, 16), _pad(w, align_n, 16)
         added = w.shape[1] - n
         if added and config.has_bias:
@@ -178,7 +189,7 @@ def _kernel(config: CallConfig, *operands: jax.Array) -> tuple[jax.Array, jax.Ar
         capability=config.capability,
         workspace=cublaslt,
     )
-    return data[..., :n], amax if is_fp8 else inverse_out_scale
+    return data[:, :m, :n], amax if is_fp8 else inverse_out_scale
 
 
 def _xla(config: CallConfig, *operands: jax.Array) -> Any:
@@ -271,16 +282,83 @@ def _check_supported(op: str, config: CallConfig, x: ScaledArray, w: ScaledArray
     if config.implementation != "cublaslt":
         return
     reason = None
-    if x.dtype == w.dtype == jnp.float8_e5m2:
+    if x.dtype not in FP8_DTYPES:
+        reason = "cublasLt has no product of 16-bit by FP8 values"
+    elif x.dtype == w.dtype == jnp.float8_e5m2:
         reason = "cublasLt has no product of E5M2 with E5M2"
-    elif isinstance(config.x_granularity, tuple) or isinstance(config.w_granularity, tuple):
-        reason = "products of block-scaled operands run as 'decode' or 'naive' in this version"
     if reason:
         raise NotImplementedError(
             f"{op}: implementation 'cublaslt' cannot multiply x {x.dtype.name}{x.shape} with"
             f" granularity {x.granularity!r} by w {w.dtype.name}{w.shape} with granularity"
             f" {w.granularity!r}: {reason}"
         )
+
+
+def multiply(
+    op: str,
+    x: ScaledArray,
+    w: ScaledArray,
+    *,
+    bias: Any,
+    activation: str | None,
+    preferred_element_type: Any,
+    precision: Any,
+    output_scale: Any,
+    return_amax: bool,
+    implementation: str | None,
+) -> Any:
+    """``scaled_matmul`` of checked operands; ``x.data`` may be 16 bits wide, with a scale of 1."""
+    batch = _check_shapes(op, x, w)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: unknown activation {activation!r}; accepted are {ACTIVATIONS}")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{op}: unknown implementation {implementation!r}; accepted are {IMPLEMENTATIONS}"
+        )
+    out_dtype = jnp.dtype(preferred_element_type)
+    is_fp8 = out_dtype in FP8_DTYPES
+    if out_dtype not in (*WIDE_DTYPES, *FP8_DTYPES):
+        raise TypeError(
+            f"{op}: preferred_element_type must be float32, bfloat16, float16, float8_e4m3fn or"
+            f" float8_e5m2, got {out_dtype.name}"
+        )
+    if is_fp8 != (output_scale is not None):
+        given = "no output_scale" if output_scale is None else "an output_scale"
+        raise ValueError(
+            f"{op}: output_scale goes with an FP8 preferred_element_type and with no other;"
+            f" got {out_dtype.name} and {given}"
+        )
+    if return_amax and not is_fp8:
+        raise ValueError(f"{op}: return_amax needs an FP8 result, got {out_dtype.name}")
+    has_bias = bias is not None
+    bias = _check_bias(op, bias, w.shape[-2])
+    inverse_out_scale = jnp.ones((1,), jnp.float32)
+    if is_fp8:
+        output_scale = jnp.asarray(output_scale, jnp.float32)
+        if output_scale.size != 1:
+            raise ValueError(f"{op}: output_scale must be a scalar, got {output_scale.shape}")
+        inverse_out_scale = inverse(output_scale).reshape(1)
+
+    folded_x, folded_w = _fold(x, batch), _fold(w, batch)
+    config = CallConfig(
+        out_dtype=out_dtype,
+        x_granularity=folded_x.granularity,
+        w_granularity=folded_w.granularity,
+        has_bias=has_bias,
+        activation=activation,
+        fast=_precision_is_fast(op, precision),
+        implementation=implementation,
+        capability=_forced_capability,
+    )
+    _check_supported(op, config, x, w)
+    data, amax = _operation(config)(
+        folded_x.data, folded_x.scale, folded_w.data, folded_w.scale, bias, inverse_out_scale
+    )
+    data = data.reshape(*x.shape[:-1], w.shape[-2])
+    if not is_fp8:
+        return data
+    result = ScaledArray(data, output_scale.reshape((1,) * data.ndim), "tensor")
+    return (result, amax.reshape(())) if return_amax else result
 
 
 def scaled_matmul(
@@ -339,54 +417,15 @@ def scaled_matmul(
     op = "scaled_matmul"
     check_scaled_array(op, "x", x)
     check_scaled_array(op, "w", w)
-    batch = _check_shapes(op, x, w)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: unknown activation {activation!r}; accepted are {ACTIVATIONS}")
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"{op}: unknown implementation {implementation!r}; accepted are {IMPLEMENTATIONS}"
-        )
-    out_dtype = jnp.dtype(preferred_element_type)
-    is_fp8 = out_dtype in FP8_DTYPES
-    if out_dtype not in (*WIDE_DTYPES, *FP8_DTYPES):
-        raise TypeError(
-            f"{op}: preferred_element_type must be float32, bfloat16, float16, float8_e4m3fn or"
-            f" float8_e5m2, got {out_dtype.name}"
-        )
-    if is_fp8 != (output_scale is not None):
-        given = "no output_scale" if output_scale is None else "an output_scale"
-        raise ValueError(
-            f"{op}: output_scale goes with an FP8 preferred_element_type and with no other;"
-            f" got {out_dtype.name} and {given}"
-        )
-    if return_amax and not is_fp8:
-        raise ValueError(f"{op}: return_amax needs an FP8 result, got {out_dtype.name}")
-    has_bias = bias is not None
-    bias = _check_bias(op, bias, w.shape[-2])
-    inverse_out_scale = jnp.ones((1,), jnp.float32)
-    if is_fp8:
-        output_scale = jnp.asarray(output_scale, jnp.float32)
-        if output_scale.size != 1:
-            raise ValueError(f"{op}: output_scale must be a scalar, got {output_scale.shape}")
-        inverse_out_scale = inverse(output_scale).reshape(1)
-
-    folded_x, folded_w = _fold(x, batch), _fold(w, batch)
-    config = CallConfig(
-        out_dtype=out_dtype,
-        x_granularity=folded_x.granularity,
-        w_granularity=folded_w.granularity,
-        has_bias=has_bias,
+    return multiply(
+        op,
+        x,
+        w,
+        bias=bias,
         activation=activation,
-        fast=_precision_is_fast(op, precision),
+        preferred_element_type=preferred_element_type,
+        precision=precision,
+        output_scale=output_scale,
+        return_amax=return_amax,
         implementation=implementation,
-        capability=_forced_capability,
     )
-    _check_supported(op, config, x, w)
-    data, amax = _operation(config)(
-        folded_x.data, folded_x.scale, folded_w.data, folded_w.scale, bias, inverse_out_scale
-    )
-    data = data.reshape(*x.shape[:-1], w.shape[-2])
-    if not is_fp8:
-        return data
-    result = ScaledArray(data, output_scale.reshape((1,) * data.ndim), "tensor")
-    return (result, amax.reshape(())) if return_amax else result
