@@ -13,16 +13,21 @@ __host__ __device__ inline float apply_scales(float sum, float x_scale, float w_
   return static_cast<float>(static_cast<double>(sum) * x_scale * w_scale);
 }
 
-// Bias and activation of column n. NaN stays NaN in both activations.
-__host__ __device__ inline float finish(const Product& p, float value, int64_t n) {
-  if (p.bias != nullptr) value += load_as_float(p.bias, p.bias_type, n);
-  if (p.activation == Activation::kRelu) return value < 0.0f ? 0.0f : value;
-  if (p.activation == Activation::kGelu) {
+// NaN stays NaN in both activations.
+__host__ __device__ inline float activate(Activation activation, float value) {
+  if (activation == Activation::kRelu) return value < 0.0f ? 0.0f : value;
+  if (activation == Activation::kGelu) {
     // The tanh approximation, sqrt(2 / pi) and 0.044715: Hendrycks and Gimpel, arXiv 1606.08415.
     const float inner = 0.7978845608f * (value + 0.044715f * value * value * value);
     return 0.5f * value * (1.0f + tanhf(inner));
   }
   return value;
+}
+
+// Bias and activation of column n.
+__host__ __device__ inline float finish(const Product& p, float value, int64_t n) {
+  if (p.bias != nullptr) value += load_as_float(p.bias, p.bias_type, n);
+  return activate(p.activation, value);
 }
 
 __host__ __device__ inline void store(const Product& p, float value, int64_t index) {

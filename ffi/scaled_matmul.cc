@@ -6,6 +6,7 @@
 #include "ffi/checks.h"
 #include "ffi/cublaslt.h"
 #include "ffi/decode.h"
+#include "ffi/decode_hopper.h"
 #include "ffi/handlers.h"
 #include "ffi/journal.h"
 #include "ffi/naive.h"
@@ -221,6 +222,9 @@ xffi::Error run_on_cuda(Stage stage, cudaStream_t stream, int32_t ordinal, const
     if (a.implementation != "decode" && !any) return refuse(a, "there is none of that name");
     if (!cannot_decode.empty()) return refuse(a, cannot_decode);
     note_product(p, "cuda", "decode");
+    if (decode_hopper_supports(p, call.capability)) {
+      return from_cuda(kName, decode_hopper(p, stream));
+    }
     return from_cuda(kName, decode_matmul(p, stream));
   });
 }
