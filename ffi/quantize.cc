@@ -13,9 +13,10 @@ namespace {
 
 constexpr char kName[] = "jax_fp8_quantize";
 
-xffi::Error make(xffi::AnyBuffer x, xffi::AnyBuffer given, xffi::Result<xffi::AnyBuffer> data,
-                 xffi::Result<xffi::AnyBuffer> scale, xffi::Result<xffi::AnyBuffer> amax,
-                 int64_t block_rows, int64_t block_cols, Quantize* q) {
+using Result = xffi::Result<xffi::AnyBuffer>;
+
+xffi::Error make(xffi::AnyBuffer x, xffi::AnyBuffer given, Result data, Result scale, Result amax,
+                 Result scratch, int64_t block_rows, int64_t block_cols, Quantize* q) {
   if (!to_type(x.element_type(), &q->x_type) || is_fp8(q->x_type) || dims(x).size() != 3) {
     return invalid(kName,
                    ": x must be (batch, rows, columns) of float32, bfloat16 or float16, got ",
@@ -57,6 +58,11 @@ xffi::Error make(xffi::AnyBuffer x, xffi::AnyBuffer given, xffi::Result<xffi::An
   q->data = static_cast<uint8_t*>(data->untyped_data());
   q->scale = static_cast<float*>(scale->untyped_data());
   q->amax = has_amax ? static_cast<float*>(amax->untyped_data()) : nullptr;
+  q->scratch = static_cast<uint32_t*>(scratch->untyped_data());
+  if (needs_scratch(*q) && scratch->size_bytes() < kScratchWords * sizeof(uint32_t)) {
+    return invalid(kName, ": a dynamic scale of a whole tensor needs scratch of ",
+                   kScratchWords * sizeof(uint32_t), " bytes, got ", scratch->size_bytes());
+  }
   return xffi::Error::Success();
 }
 
@@ -74,12 +80,12 @@ void note_quantize(const Quantize& q, const char* platform) {
         {"scaling", q.given != nullptr ? "static" : "dynamic"}});
 }
 
-xffi::Error cpu(xffi::AnyBuffer x, xffi::AnyBuffer given, xffi::Result<xffi::AnyBuffer> data,
-                xffi::Result<xffi::AnyBuffer> scale, xffi::Result<xffi::AnyBuffer> amax,
-                int64_t block_rows, int64_t block_cols) {
+xffi::Error cpu(xffi::AnyBuffer x, xffi::AnyBuffer given, Result data, Result scale, Result amax,
+                Result scratch, int64_t block_rows, int64_t block_cols) {
   return guarded(kName, [&] {
     Quantize q{};
-    const xffi::Error error = make(x, given, data, scale, amax, block_rows, block_cols, &q);
+    const xffi::Error error =
+        make(x, given, data, scale, amax, scratch, block_rows, block_cols, &q);
     if (error.failure()) return error;
     note_quantize(q, "cpu");
     quantize_host(q);
@@ -88,11 +94,12 @@ xffi::Error cpu(xffi::AnyBuffer x, xffi::AnyBuffer given, xffi::Result<xffi::Any
 }
 
 xffi::Error cuda(cudaStream_t stream, int32_t ordinal, xffi::AnyBuffer x, xffi::AnyBuffer given,
-                 xffi::Result<xffi::AnyBuffer> data, xffi::Result<xffi::AnyBuffer> scale,
-                 xffi::Result<xffi::AnyBuffer> amax, int64_t block_rows, int64_t block_cols) {
+                 Result data, Result scale, Result amax, Result scratch, int64_t block_rows,
+                 int64_t block_cols) {
   return guarded(kName, [&] {
     Quantize q{};
-    const xffi::Error error = make(x, given, data, scale, amax, block_rows, block_cols, &q);
+    const xffi::Error error =
+        make(x, given, data, scale, amax, scratch, block_rows, block_cols, &q);
     if (error.failure()) return error;
     note_quantize(q, "cuda");
     if (!has_scales(q)) return xffi::Error::Success();  // Nothing to write.
@@ -107,6 +114,7 @@ auto bind_buffers(Binding binding) {
   return std::move(binding)
       .template Arg<xffi::AnyBuffer>()
       .template Arg<xffi::AnyBuffer>()
+      .template Ret<xffi::AnyBuffer>()
       .template Ret<xffi::AnyBuffer>()
       .template Ret<xffi::AnyBuffer>()
       .template Ret<xffi::AnyBuffer>()

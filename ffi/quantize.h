@@ -17,8 +17,14 @@ struct Quantize {
   uint8_t* data;
   Type data_type;
   float* scale;
-  float* amax;  // May be null with static scales.
+  float* amax;        // May be null with static scales.
+  uint32_t* scratch;  // kScratchWords of any content; may be null where there is no need.
 };
+
+// The thread blocks of a tensor whose scale is sought tell each other their amax.
+constexpr int kScratchWords = 1024;
+
+inline bool needs_scratch(const Quantize& q) { return q.block_rows == 0 && q.given == nullptr; }
 
 // The shape of the scales: (batch, scale_rows, scale_cols).
 inline int64_t scale_extent(int64_t extent, int block) {

@@ -218,11 +218,13 @@ def quantize_call(**changed):
         "data": ((2, 3, 16), jnp.float8_e4m3fn),
         "new_scale": ((2, 3, 1), jnp.float32),
         "amax": ((2, 3, 1), jnp.float32),
+        "scratch": ((0,), jnp.uint32),
         "block": (1, 0),
         **changed,
     }
     ffi.register()
-    results = [jax.ShapeDtypeStruct(*given[name]) for name in ("data", "new_scale", "amax")]
+    names = ("data", "new_scale", "amax", "scratch")
+    results = [jax.ShapeDtypeStruct(*given[name]) for name in names]
     rows, columns = given["block"]
     return jax.ffi.ffi_call("jax_fp8_quantize", results)(
         jnp.asarray(given["x"]),
@@ -269,12 +271,13 @@ def product_call(**changed):
 
 
 def test_calls_that_fit_run(handlers):
-    data, scale, amax = quantize_call()
+    data, scale, amax, _ = quantize_call()
     assert float(scale[0, 0, 0]) == np.float32(1 / 448) and float(amax[0, 0, 0]) == 1
     assert float(product_call()[0][0, 0, 0]) == 16
 
 
 F32, BF16, E4M3 = jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn
+TENSOR = {"block": (0, 0), "new_scale": ((2, 1, 1), F32), "amax": ((2, 1, 1), F32)}
 
 
 @pytest.mark.parametrize(
@@ -294,6 +297,10 @@ F32, BF16, E4M3 = jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn
         ({"scale": np.ones((2, 3, 1), BF16)}, r"a static scale must .*got bfloat16\[2,3,1\]"),
         ({"amax": ((0,), F32)}, r"the amax must have the shape .*got float32\[0\]"),
         ({"amax": ((2, 3, 1), jnp.int32)}, r"the amax must have .*got dtype \d+\[2,3,1\]"),
+        (
+            {**TENSOR, "scratch": ((1023,), jnp.uint32)},
+            "scratch of 4096 bytes, got 4092",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

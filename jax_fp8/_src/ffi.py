@@ -29,6 +29,9 @@ from jax_fp8._src import plan_choice
 #: later, and 256 for aligning it by hand.
 WORKSPACE_BYTES = (32 << 20) + 256
 
+#: Words of scratch that a dynamic scale of a whole tensor takes as one more result.
+QUANTIZE_SCRATCH_WORDS = 1024
+
 VERSION: str = _ffi.VERSION
 
 _lock = threading.Lock()
@@ -126,9 +129,10 @@ def quantize(
         _result(x, x.shape, dtype),
         _result(x, scale_shape, jnp.float32),
         _result(x, scale_shape if amax or scale is None else (0,), jnp.float32),
+        _result(x, (QUANTIZE_SCRATCH_WORDS if scale is None and not block[0] else 0,), jnp.uint32),
     )
     call = jax.ffi.ffi_call("jax_fp8_quantize", results)
-    return call(x, given, block_rows=np.int64(block[0]), block_cols=np.int64(block[1]))
+    return call(x, given, block_rows=np.int64(block[0]), block_cols=np.int64(block[1]))[:3]
 
 
 def scaled_matmul(
