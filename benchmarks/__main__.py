@@ -1,4 +1,4 @@
-"""Runs the benchmarks; draws results, checks them, or puts their tables into the README."""
+"""Runs the benchmarks; draws results, checks and compares them, or puts tables into the README."""
 
 from __future__ import annotations
 
@@ -7,78 +7,151 @@ import pathlib
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from typing import Any
 
-from benchmarks import ROOT, accuracy, gemm, plots, quantize, results, targets, timing
+from tqdm import tqdm
 
-BENCHMARKS = {"gemm": gemm, "quantize": quantize, "accuracy": accuracy}
+from benchmarks import ROOT, compare, plots, results, targets, timing
+from benchmarks.registry import benchmarks
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "command",
-        nargs="?",
-        default="all",
-        choices=[*BENCHMARKS, "all", "plot", "check", "readme"],
-        help="a benchmark, all of them, or what to do with FILE",
-    )
-    parser.add_argument(
-        "file", nargs="?", type=pathlib.Path, help="results, for plot, check and readme"
-    )
-    parser.add_argument("--shapes", choices=sorted(gemm.SHAPES), default="all")
-    parser.add_argument(
-        "--variants",
-        help="of the GEMM, with commas: " + ",".join(variant.name for variant in gemm.VARIANTS),
-    )
-    parser.add_argument("--out", type=pathlib.Path, default=results.FOLDER, metavar="DIR")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    run = commands.add_parser("run", help="measure (this is what happens without a command)")
+    for options in (parser, run):
+        options.add_argument("--only", metavar="NAME,...", help=", ".join(benchmarks()))
+        options.add_argument("--shapes", choices=("smoke", "quick", "all"), default="all")
+        options.add_argument("--resume", action="store_true", help="leave out what DIR has already")
+        options.add_argument("--out", type=pathlib.Path, default=results.FOLDER, metavar="DIR")
+    for name, said in {
+        "plot": "draw the files again, and the roofline of all of them",
+        "check": "compare them with the targets",
+        "readme": "put their tables into the README",
+    }.items():
+        command = commands.add_parser(name, help=said)
+        command.add_argument("files", nargs="+", type=pathlib.Path, metavar="FILE")
+    pair = commands.add_parser("compare", help="list what is slower than it was")
+    pair.add_argument("old", type=pathlib.Path, help="a file of results, or a folder of them")
+    pair.add_argument("new", type=pathlib.Path)
+    pair.add_argument("--tolerance", type=float, default=0.05, help="of 1 (0.05)")
     parsed = parser.parse_args(arguments)
-    if (parsed.command in ("plot", "check", "readme")) != (parsed.file is not None):
-        parser.error("plot, check and readme take a FILE, and nothing else does")
+    if only := getattr(parsed, "only", None):
+        parsed.only = only.split(",")
+        if unknown := set(parsed.only) - benchmarks().keys():
+            parser.error(f"no benchmark {', '.join(sorted(unknown))}")
     return parsed
 
 
-def _check(file: pathlib.Path) -> int:
-    verdicts = targets.check(results.read(file))
-    print(*verdicts, sep="\n")
-    return 0 if all(verdict.passed for verdict in verdicts) else 1
+def _files(path: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(path.glob("*.json")) if path.is_dir() else [path]
 
 
-def _run(name: str, options: argparse.Namespace) -> None:
-    start = time.monotonic()
-    more = {}
-    if name == "gemm" and options.variants:
-        more["names"] = options.variants.split(",")
-    benchmark = BENCHMARKS[name]
-    rows = benchmark.run(options.shapes, **more)
-    path = results.write(name, rows, benchmark.table, options.out)
-    print(f"\n{benchmark.table(rows)}\n\n{name}: {time.monotonic() - start:.0f} s, {path}\n")
-    plots.draw(results.read(path), path.with_suffix(".png"))
+def _read(paths: list[pathlib.Path]) -> Iterator[tuple[pathlib.Path, dict[str, Any]]]:
+    for path in paths:
+        for file in _files(path):
+            yield file, results.read(file)
+
+
+def _check(paths: list[pathlib.Path]) -> int:
+    verdicts = []
+    for file, found in _read(paths):
+        some = targets.check(found, benchmarks()[found["name"]].KEYS)
+        verdicts += some
+        print(*some, sep="\n") if some else print(f"{file.name} has no targets")
+    missed = sum(not verdict.passed for verdict in verdicts)
+    print(f"{len(verdicts) - missed} of {len(verdicts)} targets met")
+    return 1 if missed else 0
+
+
+def _compare(old: pathlib.Path, new: pathlib.Path, tolerance: float) -> int:
+    before = {found["name"]: found for _, found in _read([old])}
+    after = {found["name"]: found for _, found in _read([new])}
+    names = [name for name in benchmarks() if name in before and name in after]
+    if not names:
+        print(f"{old} and {new} have no benchmark in common", file=sys.stderr)
+        return 2
+    count, bad = 0, []
+    for name in names:
+        module = benchmarks()[name]
+        changes = compare.changes(before[name], after[name], module)
+        count += len(changes)
+        bad += [str(change) for change in changes if change.ratio > 1 + tolerance]
+        bad += compare.lost(before[name], after[name], module)
+    print(*bad, sep="\n", end="\n" if bad else "")
+    print(f"{len(bad)} regressions among {count} figures, beyond {100 * tolerance:g} %")
+    return 1 if bad else 0
+
+
+def _plot(paths: list[pathlib.Path]) -> None:
+    found = dict(_read(paths))
+    for file, one in found.items():
+        if drawn := plots.draw(one, file.with_suffix(".png")):
+            print(drawn)
+    by_name = {one["name"]: one for one in found.values()}
+    if "ceilings" in by_name:
+        device = results.slug(by_name["ceilings"]["environment"]["device"])
+        folder = next(iter(found)).parent
+        if drawn := plots.draw_roofline(by_name, folder / f"{device}-roofline.png"):
+            print(drawn)
+
+
+def _is_done(name: str, options: argparse.Namespace) -> bool:
+    path = results.path_of(name, options.out)
+    if not path.exists():
+        return False
+    found = results.read(path)
+    return (found.get("format"), found.get("shapes")) == (results.FORMAT, options.shapes)
+
+
+def _run(options: argparse.Namespace) -> int:
+    failed, written = 0, []
+    names = options.only or list(benchmarks())
+    if options.resume:
+        names = [name for name in names if not _is_done(name, options)]
+    for name in tqdm(names, desc="benchmarks", unit="part", position=0):
+        start, module = time.monotonic(), benchmarks()[name]
+        try:
+            rows = module.run(options.shapes)
+            seconds = round(time.monotonic() - start, 1)
+            path = results.write(name, rows, module.table, options.out, options.shapes, seconds)
+            written.append(path)
+            print(f"\n{module.table(rows)}\n\n{name}: {seconds} s, {path}\n", flush=True)
+        except Exception:  # The others still run.
+            traceback.print_exc()
+            failed = 1
+    if written:
+        _plot(
+            [
+                results.path_of(name, options.out)
+                for name in benchmarks()
+                if results.path_of(name, options.out).exists()
+            ]
+        )
+    return failed
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 1 when a benchmark fails or a target is missed."""
+    """Returns the exit code: 1 when a benchmark fails, a target is missed or a figure is worse."""
     options = _parse(arguments)
     if options.command == "check":
-        return _check(options.file)
-    if options.command == "readme":
-        found = results.read(options.file)
-        table = BENCHMARKS[found["name"]].table(found["rows"])
-        results.into_readme(found["name"], table, ROOT / "README.md")
-        return 0
+        return _check(options.files)
+    if options.command == "compare":
+        return _compare(options.old, options.new, options.tolerance)
     if options.command == "plot":
-        print(plots.draw(results.read(options.file), options.file.with_suffix(".png")))
+        _plot(options.files)
+        return 0
+    if options.command == "readme":
+        for file, found in _read(options.files):
+            results.into_readme(
+                found["name"], file.with_suffix(".md").read_text(), ROOT / "README.md"
+            )
         return 0
     if not timing.on_gpu() and options.shapes != "smoke":
         print("These shapes need a GPU, and JAX has none here; try --shapes smoke", file=sys.stderr)
         return 2
-    failed = 0
-    for name in BENCHMARKS if options.command == "all" else [options.command]:
-        try:
-            _run(name, options)
-        except Exception:  # The other benchmarks still run.
-            traceback.print_exc()
-            failed = 1
-    return failed
+    return _run(options)
 
 
 if __name__ == "__main__":

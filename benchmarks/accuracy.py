@@ -13,11 +13,12 @@ from benchmarks import tables, timing
 
 Row = dict[str, Any]
 
+KEYS = ("k", "data")
+FIGURES = ("rms_error_over_rms",)
 SIZE = 256
 K = {
     "smoke": (64, 128),
     "quick": (512, 4096),
-    "llama": (512, 4096, 16384),
     "all": (128, 512, 1024, 4096, 16384, 65536),
 }
 DATA = {"normal": lambda values: values, "all positive": np.abs}

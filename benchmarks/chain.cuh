@@ -50,6 +50,16 @@ static __global__ void spin(int64_t nanoseconds) {
   } while (now - start < nanoseconds);
 }
 
+// Four vectors a thread, a block's side by side.
+static __global__ void copy(const uint4* from, uint4* to, int64_t count) {
+  const int64_t first = int64_t{blockIdx.x} * 4 * blockDim.x + threadIdx.x;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int64_t at = first + i * int64_t{blockDim.x};
+    if (at < count) to[at] = from[at];
+  }
+}
+
 // bf16 elements that are NaN.
 static __global__ void count_nan(const uint16_t* data, int64_t size, unsigned long long* count) {
   const int64_t stride = int64_t{gridDim.x} * blockDim.x;
@@ -77,13 +87,13 @@ struct Timing {
   float us, us_min, us_iqr;
 };
 
-constexpr int kPairs = 15, kTrials = 3;
-constexpr int64_t kHeadStartNs = 2'000'000;
+constexpr int kPairs = 15;
 
 // A stream with the two events that time what runs on it.
 class Stopwatch {
  public:
-  Stopwatch() {
+  // What it times starts behind a kernel of so many nanoseconds.
+  explicit Stopwatch(int64_t head_start_ns) : head_start_ns_(head_start_ns) {
     BENCH_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
     BENCH_CUDA(cudaEventCreate(&start_));
     BENCH_CUDA(cudaEventCreate(&stop_));
@@ -99,7 +109,7 @@ class Stopwatch {
 
   // Microseconds of a graph, launched while a kernel keeps the device busy.
   float replay(cudaGraphExec_t exec) const {
-    spin<<<1, 1, 0, stream_>>>(kHeadStartNs);
+    spin<<<1, 1, 0, stream_>>>(head_start_ns_);
     BENCH_CUDA(cudaGetLastError());
     BENCH_CUDA(cudaEventRecord(start_, stream_));
     BENCH_CUDA(cudaGraphLaunch(exec, stream_));
@@ -111,6 +121,7 @@ class Stopwatch {
   }
 
  private:
+  int64_t head_start_ns_;
   cudaStream_t stream_ = nullptr;
   cudaEvent_t start_ = nullptr, stop_ = nullptr;
 };
@@ -144,16 +155,6 @@ class Chain {
   cudaGraph_t graph_ = nullptr;
   cudaGraphExec_t exec_ = nullptr;
 };
-
-// Microseconds of a call, roughly, from few replays of one chain.
-template <typename Call>
-float try_calls(const Stopwatch& watch, int calls, Call call) {
-  const Chain chain(watch, calls, call);
-  chain.replay();
-  float best = chain.replay();
-  for (int i = 1; i < kTrials; ++i) best = std::min(best, chain.replay());
-  return best / calls;
-}
 
 // Microseconds of a call, (t(2n) - t(n)) / n.
 template <typename Call>

@@ -1,12 +1,12 @@
-"""The GEMM: f16 and bf16 through XLA, FP8 through jax_fp8, and cublasLt called from C++."""
+"""The GEMM: bf16 through XLA, FP8 through jax_fp8, and every candidate of cublasLt from C++."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -14,21 +14,31 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 import jax_fp8
-from benchmarks import heuristic, tables, timing
+from benchmarks import heuristic, operands, tables, timing, turns
+from benchmarks.server import Server, Unavailable
 
 Row = dict[str, Any]
 Problem = tuple[int, int, int]  # M, N, K
 
-MS = (1, 16, 128, 2048, 8192)
+KEYS = ("m", "n", "k")
+REFERENCE = "bf16"
+
 #: N and K of the dense layers of Llama 3 8B: query, key and value; output; gate and up; down.
-LLAMA = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
-CUBE = (8192, 8192, 8192)
+LAYERS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
+#: The shapes of the first measurements, from which the targets come.
+FIRST = (
+    *((1, 4096, 4096), (8192, 4096, 4096), (2048, 6144, 4096)),
+    *((m, 28672, 4096) for m in (1, 16, 128, 512, 8192)),
+    *((m, 4096, 14336) for m in (1, 2048, 8192)),
+    *((64, 8192, 8192), (8192, 8192, 8192), (1024, 1024, 1024)),
+)
 SHAPES: dict[str, tuple[Problem, ...]] = {
     "smoke": ((1, 32, 64), (16, 32, 64), (16, 48, 32)),
-    "quick": tuple((m, n, k) for n, k in ((4096, 4096), (28672, 4096)) for m in (1, 128, 8192)),
-    "llama": tuple((m, n, k) for n, k in LLAMA for m in MS),
+    "quick": tuple((m, n, k) for n, k in LAYERS[1:3] for m in (1, 16, 128, 1024, 8192)),
+    "all": (*FIRST, *((m, n, k) for n, k in LAYERS for m in (32, 256, 1024, 4096))),
 }
-SHAPES["all"] = (*SHAPES["llama"], CUBE)
+#: Where the implementations that nobody takes unless by name are timed too.
+OTHERS_AT = ((16, 32, 64), (16, 28672, 4096), (1024, 4096, 4096), (8192, 28672, 4096))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,32 +47,34 @@ class Variant:
 
     Attributes:
       name: in the rows.
-      operands: which operands it takes: "bf16", "f16", "fp8" or "fp8_row".
+      prepare: makes an operand out of a bfloat16 array, of ``operands``.
       call: of x (M, K) and w (N, K).
       unit: whose peak rate bounds it, a key of ``timing.PEAK_FLOP_PER_S``.
       where: "gpu", "cpu" or "any".
-      default: whether it runs without being asked for.
+      everywhere: whether it is timed at each problem, or only at ``OTHERS_AT``.
       options: for XLA's compiler.
     """
 
     name: str
-    operands: str
+    prepare: operands.Prepare
     call: Callable[[Any, Any], jax.Array]
     unit: str
     where: str = "gpu"
-    default: bool = True
+    everywhere: bool = True
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def takes(self, problem: Problem) -> bool:
-        """Whether this problem is timed: with the naive kernel, the small ones and one large."""
-        return self.name != "naive" or problem[0] <= 128 or problem == CUBE
+        """Whether this problem is timed: with the naive kernel, only where it is small."""
+        if self.name == "naive" and problem[0] > 128:
+            return False
+        return self.everywhere or problem in OTHERS_AT
 
 
-def _wide(dtype: Any) -> Callable[[Any, Any], jax.Array]:
-    return lambda x, w: jnp.einsum("mk,nk->mn", x, w, preferred_element_type=dtype)
+def _wide(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.einsum("mk,nk->mn", x, w, preferred_element_type=x.dtype)
 
 
-def _scaled(implementation: str, precision: Any = None) -> Callable[[Any, Any], jax.Array]:
+def _scaled(implementation: str | None, precision: Any = None) -> Callable[[Any, Any], jax.Array]:
     return lambda x, w: jax_fp8.scaled_matmul(
         x,
         w,
@@ -74,149 +86,92 @@ def _scaled(implementation: str, precision: Any = None) -> Callable[[Any, Any], 
 
 #: So that "bf16" and "f16" are cuBLAS, the best algorithm that XLA's autotuning finds.
 _CUBLAS = {"xla_gpu_enable_triton_gemm": False}
+_TENSOR, _ROW = operands.tensor, operands.row
 VARIANTS = (
-    Variant("bf16", "bf16", _wide(jnp.bfloat16), "16bit", "any", options=_CUBLAS),
-    Variant("f16", "f16", _wide(jnp.float16), "16bit", "any", options=_CUBLAS),
-    Variant("bf16_autotuned", "bf16", _wide(jnp.bfloat16), "16bit", "gpu", default=False),
-    Variant("naive", "fp8", _scaled("naive"), "naive", "any"),
-    Variant("xla", "fp8", _scaled("xla"), "naive", "cpu"),
-    Variant("cublaslt", "fp8", _scaled("cublaslt"), "fp8"),
-    Variant("cublaslt_row", "fp8_row", _scaled("cublaslt"), "fp8"),
-    Variant("cublaslt_precise", "fp8", _scaled("cublaslt", jax.lax.Precision.HIGHEST), "fp8"),
-    Variant("decode", "fp8", _scaled("decode"), "16bit"),
+    Variant("bf16", operands.wide, _wide, "16bit", "any", options=_CUBLAS),
+    Variant("fp8", _TENSOR, _scaled(None), "fp8", "any"),
+    Variant("fp8_row", _ROW, _scaled(None), "fp8", "any"),
+    Variant("f16", operands.half, _wide, "16bit", "any", False, _CUBLAS),
+    Variant("cublaslt", _TENSOR, _scaled("cublaslt"), "fp8", everywhere=False),
+    Variant("precise", _TENSOR, _scaled("cublaslt", "highest"), "fp8", everywhere=False),
+    Variant("small_m", _TENSOR, _scaled("small_m"), "fp8", everywhere=False),
+    Variant("decode", _TENSOR, _scaled("decode"), "16bit", everywhere=False),
+    Variant("naive", _TENSOR, _scaled("naive"), "naive", "any", False),
 )
+#: Name in the rows -> whether with row scales: the fastest candidate of cublasLt, from C++.
+NATIVE = {"cpp_best": False, "cpp_row_best": True}
 
 
-def _itemsize(operands: str) -> int:
-    return 2 if operands in ("bf16", "f16") else 1
-
-
-def work(problem: Problem, operands: str) -> tuple[float, float]:
+def work(problem: Problem, itemsize: int) -> tuple[float, float]:
     """Fewest bytes (operands once, the 16-bit result once) and operations."""
     m, n, k = problem
-    return float(_itemsize(operands) * (m * k + n * k) + 2 * m * n), 2.0 * m * n * k
+    return float(itemsize * (m * k + n * k) + 2 * m * n), 2.0 * m * n * k
+
+
+def _itemsize(prepare: operands.Prepare) -> int:
+    return 1 if prepare in (_TENSOR, _ROW) else 2
 
 
 def _floor(problem: Problem, variant: Variant) -> float:
-    return timing.floor_us(*work(problem, variant.operands), variant.unit)
+    return timing.floor_us(*work(problem, _itemsize(variant.prepare)), variant.unit)
 
 
-@jax.jit(static_argnums=(1, 2))
-def _random(seed: int, shape: tuple[int, int], operands: str) -> Any:
-    values = jax.random.normal(jax.random.key(seed), shape, jnp.float32)
-    if not operands.startswith("fp8"):
-        return values.astype(jnp.float16 if operands == "f16" else jnp.bfloat16)
-    quantized = jax_fp8.quantize(values)
-    if operands == "fp8":
-        return quantized
-    return jax_fp8.ScaledArray(
-        quantized.data, jnp.broadcast_to(quantized.scale, (shape[0], 1)), "row"
-    )
-
-
-class _Weights:
-    """Rotating copies of the (N, K) weights, of each kind of operand, made as they are needed."""
-
-    def __init__(self, n: int, k: int) -> None:
-        self._shape = (n, k)
-        self._made: dict[str, list[tuple[Any]]] = {}
-        self._lock = threading.Lock()
-
-    def get(self, operands: str, calls: int) -> list[tuple[Any]]:
-        n, k = self._shape
-        count = timing.copies_for(_itemsize(operands) * n * k, calls)
-        with self._lock:
-            made = self._made.setdefault(operands, [])
-            for seed in range(len(made), count):
-                made.append((_random(1 + seed, self._shape, operands),))
-            return made[:count]
-
-
-def _describe(problem: Problem, variant: Variant, time: timing.Timing) -> Row:
-    nbytes, flop = work(problem, variant.operands)
-    return {
-        **dataclasses.asdict(time),
-        "tflop_per_s": flop / time.us * 1e-6,
-        "gb_per_s": nbytes / time.us * 1e-3,
-    }
-
-
-def _base(problem: Problem, name: str) -> Row:
+def _describe(problem: Problem, name: str, itemsize: int, found: Row | Exception) -> Row:
     m, n, k = problem
-    return {"m": m, "n": n, "k": k, "variant": name}
+    row: Row = {"m": m, "n": n, "k": k, "variant": name}
+    if isinstance(found, Exception):
+        return row | tables.failure(found)
+    nbytes, flop = work(problem, itemsize)
+    us = found["us"]
+    return {**row, **found, "tflop_per_s": flop / us * 1e-6, "gb_per_s": nbytes / us * 1e-3}
 
 
-def _measure(problem: Problem, variants: Sequence[Variant], weights: _Weights) -> Iterator[Row]:
-    """Times the variants on one problem."""
-    m, _, k = problem
-
-    def prepare(variant: Variant) -> timing.Chains:
-        floor = _floor(problem, variant)
-        rotated = weights.get(variant.operands, timing.calls_for(floor))
-        x = _random(0, (m, k), variant.operands)
-        return timing.Chains(variant.call, (x,), rotated, floor, variant.options)
-
-    prepared = timing.prepare_all([functools.partial(prepare, variant) for variant in variants])
-    for variant, chains in zip(variants, prepared, strict=True):
-        row = _base(problem, variant.name)
-        try:
-            if isinstance(chains, Exception):
-                raise chains
-            jax_fp8.clear_plans()
-            row |= _describe(problem, variant, chains.time())
-            algorithms = {plan["algorithm"] for plan in jax_fp8.plans() if "algorithm" in plan}
-            if algorithms:
-                row["algorithm"] = "; ".join(sorted(algorithms))
-        except Exception as error:
-            row |= tables.failure(error)
-        yield row
+def _prepare(problem: Problem, variant: Variant, weights: operands.Weights) -> timing.Chains:
+    floor = _floor(problem, variant)
+    rotated = weights.get(variant.prepare, timing.calls_for(floor))
+    x = jax.jit(variant.prepare)(operands.normal(0, (problem[0], problem[2])))
+    return timing.Chains(variant.call, x, rotated, floor, variant.options)
 
 
-def _dispatch(problem: Problem, variants: Sequence[Variant]) -> dict[str, float]:
-    """The host's time in one jitted call, for each variant that runs on a problem."""
-    (m, n, k), found = problem, {}
-    for variant in variants:
-        operands = _random(0, (m, k), variant.operands), _random(1, (n, k), variant.operands)
-        try:
-            found[variant.name] = timing.dispatch_us(variant.call, operands)
-        except Exception as error:
-            warnings.warn(f"dispatch of {variant.name}: {error}", stacklevel=2)
-    return found
+def _measure(
+    problem: Problem, variants: Sequence[Variant], prepared: list[Any], server: Server | None
+) -> Iterator[Row]:
+    """Times the variants and cublasLt's best by turns, on one problem."""
+    fp8 = timing.floor_us(*work(problem, 1), "fp8")
+    native: list[Any] = []
+    if server is not None:
+        for slot, row in enumerate(NATIVE.values()):
+            try:
+                native.append(heuristic.best(server, slot, problem, row, fp8))
+            except Exception as error:  # The other candidates, and ours, are still timed.
+                native.append(error)
+    found = turns.by_turns([*prepared, *native])
+    for variant, result in zip(variants, found, strict=False):
+        yield _describe(problem, variant.name, _itemsize(variant.prepare), result)
+    for name, result in zip(NATIVE, found[len(variants) :], strict=False):
+        yield _describe(problem, name, 1, result)
+    if server is not None:
+        server.ask("close")
 
 
-def _native(problems: Sequence[Problem]) -> Iterator[Row]:
-    """cublasLt without JAX, from ``heuristic.cu``."""
-    fp8 = next(variant for variant in VARIANTS if variant.name == "cublaslt")
-    tasks = []
-    for problem in problems:
-        calls = timing.calls_for(_floor(problem, fp8))
-        tasks.append((*problem, calls, timing.copies_for(problem[1] * problem[2], calls)))
-    for found in heuristic.run(tasks):
-        problem = (found["m"], found["n"], found["k"])
-        nbytes, flop = work(problem, "fp8")
-        for name in ("cpp_first", "cpp_best"):
-            row = _base(problem, name) | found.get(name, {"us": None})
-            if row["us"]:
-                row["tflop_per_s"] = flop / row["us"] * 1e-6
-                row["gb_per_s"] = nbytes / row["us"] * 1e-3
-            if "error" in found:
-                row["error"] = found["error"]
-            yield row
+def _start() -> Server | None:
+    try:
+        return heuristic.start()
+    except Unavailable as error:
+        warnings.warn(f"cublasLt from C++ is left out: {error}", stacklevel=2)
+        return None
 
 
-def run(
-    shapes: str = "all", names: Sequence[str] | None = None, native: bool = True
-) -> list[dict[str, Any]]:
+def run(shapes: str = "all", names: Sequence[str] | None = None) -> list[Row]:
     """Times the GEMM.
 
     Args:
-      shapes: "smoke", "quick", "llama" or "all"; a key of SHAPES.
-      names: of the variants to time; None for the default ones.
-      native: whether to time cublasLt from C++ as well, where there is nvcc and a GPU.
+      shapes: "smoke", "quick" or "all"; a key of SHAPES.
+      names: of the variants to time; None for all of them, each where it is worth its time.
 
     Returns:
       A row for each problem and variant: ``m``, ``n``, ``k``, ``variant``, what
-      ``timing.Timing`` states, ``tflop_per_s`` and ``gb_per_s``, or ``us`` None and ``error``.
+      ``turns.by_turns`` states, ``tflop_per_s`` and ``gb_per_s``, or ``us`` None and ``error``.
     """
     known = {variant.name for variant in VARIANTS}
     if not known.issuperset(names or ()):
@@ -225,36 +180,33 @@ def run(
     variants = [
         variant
         for variant in VARIANTS
-        if variant.where in (here, "any") and (variant.name in names if names else variant.default)
+        if variant.where in (here, "any") and (names is None or variant.name in names)
     ]
     problems = SHAPES[shapes]
-    native = native and here == "gpu"
-    rows: list[Row] = []
     jobs = {p: [v for v in variants if v.takes(p)] for p in problems}
-    total = sum(map(len, jobs.values())) + 2 * len(problems) * native
-    with tqdm(total=total, desc="gemm", unit="timing") as bar:
+    native = here == "gpu"
+    rows: list[Row] = []
+    total = sum(map(len, jobs.values())) + len(NATIVE) * len(problems) * native
+    with tqdm(total=total, desc="gemm", unit="timing") as bar, ThreadPoolExecutor(1) as aside:
+        starting = aside.submit(_start if native else lambda: None)
         for layer in dict.fromkeys(problem[1:] for problem in problems):
-            weights = _Weights(*layer)
-            for problem in (problem for problem in problems if problem[1:] == layer):
+            weights = operands.Weights(*layer)
+            of_layer = [problem for problem in problems if problem[1:] == layer]
+            pairs = [(problem, variant) for problem in of_layer for variant in jobs[problem]]
+            bar.set_postfix_str("compiling " + "x".join(map(str, layer)))
+            prepared = timing.prepare_all(
+                [functools.partial(_prepare, problem, v, weights) for problem, v in pairs]
+            )
+            server = starting.result()
+            for problem in of_layer:
                 bar.set_postfix_str("x".join(map(str, problem)))
-                for row in _measure(problem, jobs[problem], weights):
+                mine = [c for (p, _), c in zip(pairs, prepared, strict=True) if p == problem]
+                for row in _measure(problem, jobs[problem], mine, server):
                     rows.append(row)
                     bar.update()
-        if native:
-            try:
-                for row in _native(problems):
-                    rows.append(row)
-                    bar.update()
-            except (heuristic.Unavailable, OSError, ValueError) as error:
-                warnings.warn(f"cublasLt from C++ is left out: {error}", stacklevel=2)
-    smallest = min(problems, key=lambda p: p[0] * p[1] * p[2])
-    dispatch = _dispatch(smallest, variants)
-    for row in rows:
-        if (row["m"], row["n"], row["k"]) == smallest and row["variant"] in dispatch:
-            row["dispatch_us"] = dispatch[row["variant"]]
     return rows
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     """The rows of ``run`` as Markdown."""
-    return tables.gemm(results)
+    return tables.gemm(rows)

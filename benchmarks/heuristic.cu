@@ -1,17 +1,28 @@
-// cublasLt's FP8 product called directly: what its first heuristic takes, and the best of up to 8.
+// cublasLt's FP8 product called directly, with each of its candidates; and a plain copy.
 //
-//   heuristic LIBCUBLASLT M,N,K,CALLS,COPIES ...
+//   heuristic LIBCUBLASLT
 //
-// D (M, N) bf16 = X (M, K) W (N, K)^T, both E4M3, a scalar scale each, fast accumulation. As in
-// timing.py: chains of CALLS and of 2 CALLS, here CUDA graphs, behind a kernel that keeps the
-// device busy, with COPIES of W by turns and every D kept. One line of JSON for each problem.
+// D (M, N) bf16 = X (M, K) W (N, K)^T, both E4M3, fast accumulation, with one scale for each
+// operand or for each row. As in timing.py: chains of CALLS and of 2 CALLS, here CUDA graphs,
+// behind a kernel that keeps the device busy, with COPIES of W by turns and every D kept. It
+// answers each line with a line of JSON, so that timing.py can time it by turns with others:
+//
+//   open SLOT M N K CALLS COPIES ROW HEAD_START_US   tries the candidates and keeps the fastest
+//   pair SLOT                                        times CALLS and 2 CALLS with it
+//   close                                            forgets all slots
+//   copy BYTES                                       the rate of a copy, read and written
 #include <dlfcn.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
+#include <iostream>
+#include <map>
+#include <memory>
+#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "benchmarks/chain.cuh"
@@ -22,7 +33,8 @@ using bench::Memory;
 
 namespace {
 
-constexpr int kCandidates = 8;
+constexpr int kCandidates = 256;  // More than it offers.
+constexpr size_t kFinalists = 6;
 constexpr size_t kWorkspace = size_t{32} << 20;
 
 lt::Api api;
@@ -37,12 +49,30 @@ void check(lt::Status status, const char* what) {
 struct Problem {
   int64_t m, n, k;
   int calls, copies;
+  bool row;  // A scale for each row.
+  float head_start_us;
 };
+
+// Splitting K unevenly gave wrong results (releases 12.6.3 to 13.4).
+bool is_safe(const lt::HeuristicResult& found, int64_t k) {
+  int32_t split = 0;
+  size_t written = 0;
+  api.MatmulAlgoConfigGetAttribute(&found.algo, lt::kAlgoSplitK, &split, sizeof split, &written);
+  const size_t version = api.GetVersion();
+  const bool affected = version >= 120603 && version < 130500;
+  return found.state == lt::kSuccess && (!affected || split <= 1 || k % (int64_t{split} * 16) == 0);
+}
 
 class Product {
  public:
-  explicit Product(const Problem& problem)
-      : p_(problem), x_(p_.m * p_.k), workspace_(kWorkspace), scales_(512), count_(8) {
+  Product(lt::Handle handle, const Problem& problem)
+      : p_(problem),
+        handle_(handle),
+        watch_(static_cast<int64_t>(1e3f * problem.head_start_us)),
+        x_(p_.m * p_.k),
+        workspace_(kWorkspace),
+        scales_(4 * (p_.m + p_.n) + 256),
+        count_(8) {
     const cudaStream_t stream = watch_.stream();
     bench::fill<<<1024, 256, 0, stream>>>(x_.as<uint8_t>(), p_.m * p_.k, 0);
     for (int i = 0; i < p_.copies; ++i) {
@@ -51,12 +81,9 @@ class Product {
     }
     BENCH_CUDA(cudaGetLastError());
     for (int i = 0; i < 2 * p_.calls; ++i) d_.emplace_back(2 * p_.m * p_.n);
-    const float scale = 0.0125f;
-    // 256 bytes apart: cublasLt wants scales at multiples of 16 bytes.
-    for (int i = 0; i < 2; ++i) {
-      BENCH_CUDA(cudaMemcpyAsync(scales_.as<char>() + 256 * i, &scale, sizeof scale,
-                                 cudaMemcpyHostToDevice, stream));
-    }
+    const std::vector<float> scales(p_.m + p_.n + 64, 0.0125f);
+    BENCH_CUDA(cudaMemcpyAsync(scales_.as<void>(), scales.data(), 4 * scales.size(),
+                               cudaMemcpyHostToDevice, stream));
     BENCH_CUDA(cudaStreamSynchronize(stream));
     describe();
   }
@@ -66,36 +93,42 @@ class Product {
     for (const lt::Layout layout : {lw_, lx_, ld_}) api.MatrixLayoutDestroy(layout);
   }
 
-  std::vector<lt::HeuristicResult> candidates(lt::Handle handle) {
-    lt::Preference preference;
-    LT(MatmulPreferenceCreate(&preference));
-    const uint64_t workspace = kWorkspace;
-    LT(MatmulPreferenceSetAttribute(preference, lt::kPrefMaxWorkspace, &workspace,
-                                    sizeof workspace));
-    std::vector<lt::HeuristicResult> found(kCandidates);
-    int count = 0;
-    LT(MatmulAlgoGetHeuristic(handle, desc_, lw_, lx_, ld_, ld_, preference, kCandidates,
-                              found.data(), &count));
-    api.MatmulPreferenceDestroy(preference);
-    found.resize(count);
-    std::erase_if(found, [](const auto& result) { return result.state != lt::kSuccess; });
-    if (found.empty()) throw std::runtime_error("cublasLt has no algorithm for it");
-    return found;
-  }
-
-  float try_algorithm(lt::Handle handle, const lt::Algo& algo) {
-    return bench::try_calls(watch_, p_.calls, [&](int i) { multiply(handle, algo, i); });
-  }
-
-  bench::Timing time(lt::Handle handle, const lt::Algo& algo) {
-    // All ones is a NaN, which no product of finite values is.
-    for (const Memory& d : d_) {
+  // Tries all candidates, then the fastest of them at length; returns how many there are.
+  size_t choose() {
+    const std::vector<lt::HeuristicResult> found = candidates();
+    std::vector<std::pair<float, size_t>> tried;
+    for (size_t i = 0; i < found.size(); ++i) {
+      try {
+        tried.emplace_back(attempt(found[i].algo, std::max(2, p_.calls / 4)), i);
+      } catch (const std::exception& error) {  // One that is offered and does not run.
+        std::fprintf(stderr, "candidate %zu: %s\n", i, error.what());
+      }
+    }
+    if (tried.empty()) throw std::runtime_error("no candidate of cublasLt runs");
+    std::sort(tried.begin(), tried.end());
+    if (tried.size() > kFinalists) tried.resize(kFinalists);
+    float best = 1e30f;
+    for (const auto& [_, i] : tried) {
+      const float us = attempt(found[i].algo, 2 * p_.calls);
+      if (us < best) best = us, algo_ = found[i].algo, index_ = i;
+    }
+    for (const Memory& d : d_) {  // All ones is a NaN, which no product of finite values is.
       BENCH_CUDA(cudaMemsetAsync(d.as<void>(), 0xff, 2 * p_.m * p_.n, watch_.stream()));
     }
-    const bench::Timing timing =
-        bench::time_calls(watch_, p_.calls, [&](int i) { multiply(handle, algo, i); });
+    const auto call = [this](int i) { multiply(algo_, i); };
+    once_ = std::make_unique<bench::Chain>(watch_, p_.calls, call);
+    twice_ = std::make_unique<bench::Chain>(watch_, 2 * p_.calls, call);
+    twice_->replay();
     check_written();
-    return timing;
+    return found.size();
+  }
+
+  const lt::Algo& algo() const { return algo_; }
+  size_t index() const { return index_; }
+
+  std::pair<float, float> pair() const {
+    const float once = once_->replay();
+    return {once, twice_->replay()};
   }
 
  private:
@@ -106,17 +139,46 @@ class Product {
     };
     set(lt::kDescTransA, lt::kOpT);
     set(lt::kDescFastAccum, int8_t{1});
+    if (p_.row) {
+      set(lt::kDescAScaleMode, lt::kScaleOuterVec);
+      set(lt::kDescBScaleMode, lt::kScaleOuterVec);
+    }
+    // cublasLt wants scales at multiples of 16 bytes.
     set(lt::kDescAScalePointer, scales_.as<void>());
-    set(lt::kDescBScalePointer, static_cast<void*>(scales_.as<char>() + 256));
+    set(lt::kDescBScalePointer, static_cast<void*>(scales_.as<float>() + (p_.n + 63) / 64 * 64));
     // In cublasLt's column-major terms D is (n, m), of W^T by X.
     LT(MatrixLayoutCreate(&lw_, lt::kTypeE4M3, p_.k, p_.n, p_.k));
     LT(MatrixLayoutCreate(&lx_, lt::kTypeE4M3, p_.k, p_.m, p_.k));
     LT(MatrixLayoutCreate(&ld_, lt::kTypeBF16, p_.n, p_.m, p_.n));
   }
 
-  void multiply(lt::Handle handle, const lt::Algo& algo, int i) {
+  std::vector<lt::HeuristicResult> candidates() {
+    lt::Preference preference;
+    LT(MatmulPreferenceCreate(&preference));
+    const uint64_t workspace = kWorkspace;
+    LT(MatmulPreferenceSetAttribute(preference, lt::kPrefMaxWorkspace, &workspace,
+                                    sizeof workspace));
+    std::vector<lt::HeuristicResult> found(kCandidates);
+    int count = 0;
+    LT(MatmulAlgoGetHeuristic(handle_, desc_, lw_, lx_, ld_, ld_, preference, kCandidates,
+                              found.data(), &count));
+    api.MatmulPreferenceDestroy(preference);
+    found.resize(count);
+    std::erase_if(found, [this](const auto& result) { return !is_safe(result, p_.k); });
+    if (found.empty()) throw std::runtime_error("cublasLt has no algorithm for it");
+    return found;
+  }
+
+  // Microseconds of a call, roughly.
+  float attempt(const lt::Algo& algo, int calls) const {
+    const bench::Chain chain(watch_, calls, [&](int i) { multiply(algo, i); });
+    chain.replay();
+    return std::min(chain.replay(), chain.replay()) / calls;
+  }
+
+  void multiply(const lt::Algo& algo, int i) const {
     const float one = 1.0f, zero = 0.0f;
-    LT(Matmul(handle, desc_, &one, w_[i % w_.size()].as<void>(), lw_, x_.as<void>(), lx_, &zero,
+    LT(Matmul(handle_, desc_, &one, w_[i % w_.size()].as<void>(), lw_, x_.as<void>(), lx_, &zero,
               nullptr, ld_, d_[i].as<void>(), ld_, &algo, workspace_.as<void>(), kWorkspace,
               watch_.stream()));
   }
@@ -136,11 +198,15 @@ class Product {
   }
 
   Problem p_;
+  lt::Handle handle_;
   bench::Stopwatch watch_;
   Memory x_, workspace_, scales_, count_;
   std::vector<Memory> w_, d_;
   lt::MatmulDesc desc_ = nullptr;
   lt::Layout lw_ = nullptr, lx_ = nullptr, ld_ = nullptr;
+  lt::Algo algo_{};
+  size_t index_ = 0;
+  std::unique_ptr<bench::Chain> once_, twice_;
 };
 
 void load(const char* path) {
@@ -182,64 +248,89 @@ std::string describe(const lt::Algo& algo) {
          get(lt::kAlgoInnerShape);
 }
 
-void print_timing(const char* name, const bench::Timing& t, int calls, const lt::Algo& algo) {
-  std::printf(
-      ", \"%s\": {\"us\": %.4f, \"us_min\": %.4f, \"us_iqr\": %.4f, \"calls\": %d, \"pairs\": %d, "
-      "\"algorithm\": \"%s\", \"cublaslt\": %zu}",
-      name, t.us, t.us_min, t.us_iqr, calls, bench::kPairs, describe(algo).c_str(),
-      api.GetVersion());
-}
-
-void run(lt::Handle handle, const Problem& problem) {
-  Product product(problem);
-  const std::vector<lt::HeuristicResult> found = product.candidates(handle);
-  size_t best = 0;
-  float best_us = 1e30f;
-  for (size_t i = 0; i < found.size(); ++i) {
-    try {
-      const float us = product.try_algorithm(handle, found[i].algo);
-      if (us < best_us) best_us = us, best = i;
-    } catch (const std::exception& error) {  // One that is offered and does not run.
-      if (i == 0) throw;
-      std::fprintf(stderr, "candidate %zu: %s\n", i, error.what());
-    }
-  }
-  const bench::Timing first = product.time(handle, found[0].algo);
-  bench::Timing fastest = best == 0 ? first : product.time(handle, found[best].algo);
-  if (fastest.us > first.us) fastest = first, best = 0;
-  print_timing("cpp_first", first, problem.calls, found[0].algo);
-  print_timing("cpp_best", fastest, problem.calls, found[best].algo);
+// GB/s, read and written, of the faster of a kernel and cudaMemcpy.
+float copy_rate(int64_t bytes) {
+  const bench::Stopwatch watch(500'000);
+  Memory from(bytes), to(bytes);
+  bench::fill<<<1024, 256, 0, watch.stream()>>>(from.as<uint8_t>(), bytes, 0);
+  BENCH_CUDA(cudaGetLastError());
+  float us = 1e30f;
+  const auto time = [&](auto call) { us = std::min(us, bench::time_calls(watch, 4, call).us); };
+  time([&](int) {
+    BENCH_CUDA(cudaMemcpyAsync(to.as<void>(), from.as<void>(), bytes, cudaMemcpyDeviceToDevice,
+                               watch.stream()));
+  });
+  time([&](int) {
+    const int64_t count = bytes / static_cast<int64_t>(sizeof(uint4));
+    bench::copy<<<static_cast<unsigned>((count + 1023) / 1024), 256, 0, watch.stream()>>>(
+        from.as<uint4>(), to.as<uint4>(), count);
+    BENCH_CUDA(cudaGetLastError());
+  });
+  return 2e-3f * bytes / us;
 }
 
 std::string quoted(std::string text) {
   std::replace(text.begin(), text.end(), '"', '\'');
+  std::replace(text.begin(), text.end(), '\n', ' ');
   return '"' + text + '"';
 }
+
+class Server {
+ public:
+  Server() { LT(Create(&handle_)); }
+
+  // The answer to a line, without its braces.
+  std::string answer(const std::string& line) {
+    std::istringstream in(line);
+    std::ostringstream out;
+    std::string verb;
+    int slot = 0;
+    in >> verb;
+    if (verb == "open") {
+      Problem p;
+      if (!(in >> slot >> p.m >> p.n >> p.k >> p.calls >> p.copies >> p.row >> p.head_start_us)) {
+        throw std::runtime_error("not a problem: " + line);
+      }
+      slots_.erase(slot);
+      auto product = std::make_unique<Product>(handle_, p);
+      const size_t count = product->choose();
+      out << "\"candidates\": " << count << ", \"index\": " << product->index()
+          << ", \"algorithm\": " << quoted(describe(product->algo()))
+          << ", \"cublaslt\": " << api.GetVersion();
+      slots_[slot] = std::move(product);
+    } else if (verb == "pair" && in >> slot && slots_.count(slot)) {
+      const auto [once, twice] = slots_.at(slot)->pair();
+      out << "\"pair\": [" << once << ", " << twice << "]";
+    } else if (verb == "close") {
+      slots_.clear();
+    } else if (int64_t bytes = 0; verb == "copy" && in >> bytes) {
+      out << "\"gb_per_s\": " << copy_rate(bytes);
+    } else {
+      throw std::runtime_error("not understood: " + line);
+    }
+    return out.str();
+  }
+
+ private:
+  lt::Handle handle_ = nullptr;
+  std::map<int, std::unique_ptr<Product>> slots_;
+};
 
 }  // namespace
 
 int main(int argc, char** argv) {
   try {
-    if (argc < 3) throw std::runtime_error("usage: heuristic LIBCUBLASLT M,N,K,CALLS,COPIES ...");
+    if (argc != 2) throw std::runtime_error("usage: heuristic LIBCUBLASLT");
     load(argv[1]);
-    lt::Handle handle = nullptr;
-    LT(Create(&handle));
-    for (int i = 2; i < argc; ++i) {
-      long long m, n, k;
-      Problem problem;
-      if (std::sscanf(argv[i], "%lld,%lld,%lld,%d,%d", &m, &n, &k, &problem.calls,
-                      &problem.copies) != 5) {
-        throw std::runtime_error(std::string("not a problem: ") + argv[i]);
-      }
-      problem.m = m, problem.n = n, problem.k = k;
-      std::printf("{\"m\": %lld, \"n\": %lld, \"k\": %lld", m, n, k);
+    Server server;
+    for (std::string line; std::getline(std::cin, line);) {
+      std::string answer;
       try {
-        run(handle, problem);
+        answer = server.answer(line);
       } catch (const std::exception& error) {
-        std::printf(", \"error\": %s", quoted(error.what()).c_str());
+        answer = "\"error\": " + quoted(error.what());
       }
-      std::printf("}\n");
-      std::fflush(stdout);
+      std::cout << '{' << answer << '}' << std::endl;
     }
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());

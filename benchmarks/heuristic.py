@@ -1,45 +1,16 @@
-"""cublasLt without JAX: compiles ``heuristic.cu``, runs it on the copy that JAX uses."""
+"""cublasLt without JAX: compiles ``heuristic.cu``, starts it on the copy that JAX uses."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
+import atexit
+import functools
 import pathlib
-import shutil
-import subprocess
 import tempfile
-import threading
-from collections.abc import Iterator, Sequence
-from typing import Any
 
-import jax
-
-from benchmarks import ROOT
+from benchmarks import nvcc, timing
+from benchmarks.server import Remote, Server
 
 SOURCE = pathlib.Path(__file__).with_name("heuristic.cu")
-Task = tuple[int, int, int, int, int]  # M, N, K, calls in a chain, copies of the weights
-
-
-class Unavailable(RuntimeError):
-    """There is no nvcc, or the program does not compile or run; the text says which and why."""
-
-
-def find_nvcc() -> str:
-    """The nvcc of CUDACXX, of PATH, of a toolkit or of pip's packages, in this order."""
-    if given := os.environ.get("CUDACXX"):
-        return given
-    toolkits = [os.environ.get(name) for name in ("CUDA_PATH", "CUDA_HOME")]
-    folders = [f"{toolkit}/bin" for toolkit in (*toolkits, "/usr/local/cuda") if toolkit]
-    for path in (None, os.pathsep.join(folders)):
-        if found := shutil.which("nvcc", path=path):
-            return found
-    spec = importlib.util.find_spec("nvidia")
-    for root in spec.submodule_search_locations or [] if spec else []:
-        nvcc = pathlib.Path(root) / "cu13" / "bin" / "nvcc"
-        if nvcc.exists():
-            return str(nvcc)
-    raise Unavailable("no nvcc: set CUDACXX, put it on PATH or install cuda-toolkit[nvcc]")
 
 
 def find_cublaslt() -> str:
@@ -57,58 +28,38 @@ def find_cublaslt() -> str:
     return (ffi._cublaslt_candidates() or ["libcublasLt.so.13"])[0]
 
 
-def build(folder: str, capability: str | None) -> str:
-    """Compiles the program into ``folder`` and returns its path.
-
-    Args:
-      folder: an existing one.
-      capability: of the device, as "9.0"; None leaves the choice to nvcc.
-    """
-    nvcc = find_nvcc()
-    program = str(pathlib.Path(folder) / "heuristic")
-    command = [nvcc, "-O2", "-std=c++20", f"-I{ROOT}", str(SOURCE), "-o", program, "-ldl"]
-    if capability:
-        command.append(f"-arch=sm_{capability.replace('.', '')}")
-    # pip's nvcc stands beside lib/, where it does not look by itself.
-    lib = pathlib.Path(nvcc).resolve().parent.parent / "lib"
-    if (lib / "libcudart_static.a").exists():
-        command.append(f"-L{lib}")
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=180)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"{nvcc}: {error}") from error
-    if done.returncode:
-        raise Unavailable(f"{nvcc} failed:\n{done.stderr.strip()[-2000:]}")
-    return program
-
-
-def run(tasks: Sequence[Task]) -> Iterator[dict[str, Any]]:
-    """Times cublasLt's first heuristic and the best of up to 8 for each task.
-
-    Yields:
-      For each task, as it is done, ``m``, ``n``, ``k`` with ``cpp_first`` and ``cpp_best`` (dicts
-      of ``us``, ``us_min``, ``us_iqr``, ``calls``, ``pairs``, ``algorithm``, ``cublaslt``), or
-      with ``error``.
+@functools.cache
+def start() -> Server:
+    """The running program, one for this process; it ends with it.
 
     Raises:
-      Unavailable: when it cannot be compiled, or ends before all tasks are done.
+      Unavailable: when it cannot be compiled.
     """
-    capability = getattr(jax.devices()[0], "compute_capability", None)
-    left = len(tasks)
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
-        command = [build(folder, capability), find_cublaslt()]
-        command += [",".join(map(str, task)) for task in tasks]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
-            assert process.stdout is not None
-            watchdog = threading.Timer(30.0 + 10.0 * left, process.kill)
-            watchdog.start()
-            try:
-                for line in process.stdout:
-                    left -= 1
-                    yield json.loads(line)
-            finally:
-                watchdog.cancel()
-        errors.seek(0)
-        if process.returncode or left:
-            said = errors.read().strip()[-2000:]
-            raise Unavailable(f"{SOURCE.name} ended with {process.returncode}: {said}")
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server([nvcc.build(SOURCE, folder, ["-ldl"]), find_cublaslt()], SOURCE.name)
+        server.ask("close")  # It runs: its file may go.
+    atexit.register(server.close)
+    return server
+
+
+def best(
+    server: Server, slot: int, problem: tuple[int, int, int], row: bool, floor: float
+) -> Remote:
+    """The fastest of cublasLt's candidates for a problem, to be timed by turns with others.
+
+    Its row says how many ``candidates`` there were, the ``index`` of the fastest, its
+    ``algorithm`` and the version of ``cublaslt``.
+
+    Args:
+      server: ``start()``.
+      slot: any number; what had it before is forgotten.
+      problem: M, N, K.
+      row: whether each row has a scale, or each operand.
+      floor: microseconds a call takes at least.
+    """
+    calls = timing.calls_for(floor)
+    copies = timing.copies_for(problem[1] * problem[2], calls)
+    size = " ".join(map(str, problem))
+    head_start_us = timing.head_start()[1]
+    line = f"open {slot} {size} {calls} {copies} {int(row)} {head_start_us}"
+    return Remote(server, slot, calls, line)

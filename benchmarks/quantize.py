@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,17 +11,21 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 import jax_fp8
-from benchmarks import tables, timing
+from benchmarks import operands, tables, timing, turns
 
 Row = dict[str, Any]
 Shape = tuple[int, int]
 
+KEYS = ("rows", "columns")
+REFERENCE = "copy"
 SHAPES: dict[str, tuple[Shape, ...]] = {
     "smoke": ((1, 256), (48, 320)),
     "quick": ((1, 4096), (2048, 4096), (8192, 14336)),
-    "all": ((1, 4096), (128, 14336), (2048, 4096), (8192, 4096), (8192, 14336)),
+    "all": (
+        *((1, 4096), (16, 4096), (128, 14336)),
+        *((2048, 4096), (8192, 4096), (8192, 14336), (8192, 28672)),
+    ),
 }
-SHAPES["llama"] = SHAPES["all"]
 
 
 def _quantize(granularity: Any) -> Callable[..., Any]:
@@ -54,19 +57,14 @@ VARIANTS: dict[str, tuple[Callable[..., Any], bool]] = {
 }
 
 
-@jax.jit(static_argnums=1)
-def _random(seed: int, shape: tuple[int, ...]) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
-
-
 def _measure(shape: Shape) -> Iterator[Row]:
     """Times the variants on one shape."""
     elements = shape[0] * shape[1]
     nbytes = 3.0 * elements  # The scales are left out.
     floor = timing.floor_us(nbytes)
     copies = timing.copies_for(2 * elements, timing.calls_for(floor))
-    inputs = [(_random(seed, shape),) for seed in range(copies)]
-    copied = [(_random(seed, (elements * 3 // 4,)),) for seed in range(copies)]
+    inputs = [(operands.normal(seed, shape),) for seed in range(copies)]
+    copied = [(operands.normal(seed, (elements * 3 // 4,)),) for seed in range(copies)]
     scale = jnp.full((1, 1), 0.01, jnp.float32)
     prepared = timing.prepare_all(
         [
@@ -80,15 +78,12 @@ def _measure(shape: Shape) -> Iterator[Row]:
             for name, (call, static) in VARIANTS.items()
         ]
     )
-    for name, chains in zip(VARIANTS, prepared, strict=True):
+    for name, found in zip(VARIANTS, turns.by_turns(prepared), strict=True):
         row: Row = {"rows": shape[0], "columns": shape[1], "variant": name}
-        try:
-            if isinstance(chains, Exception):
-                raise chains
-            time = chains.time()
-            row |= {**dataclasses.asdict(time), "gb_per_s": nbytes / time.us * 1e-3}
-        except Exception as error:  # One that cannot run must not lose the others.
-            row |= tables.failure(error)
+        if isinstance(found, Exception):
+            row |= tables.failure(found)
+        else:
+            row |= {**found, "gb_per_s": nbytes / found["us"] * 1e-3}
         yield row
 
 
@@ -97,7 +92,7 @@ def run(shapes: str = "all") -> list[dict[str, Any]]:
 
     Returns:
       A row for each shape and variant: ``rows``, ``columns``, ``variant``, what
-      ``timing.Timing`` states and ``gb_per_s`` (input once, output once), or ``error``.
+      ``turns.by_turns`` states and ``gb_per_s`` (input once, output once), or ``error``.
     """
     found: list[Row] = []
     with tqdm(total=len(SHAPES[shapes]) * len(VARIANTS), desc="quantize", unit="timing") as bar:

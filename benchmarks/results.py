@@ -13,10 +13,12 @@ from typing import Any
 
 import jax
 
-from benchmarks import timing
+from benchmarks import timing, turns
 from jax_fp8._src.info import info
 
 FOLDER = pathlib.Path(__file__).with_name("results")
+#: Of the rows and tables: a file of another format is read, but not compared.
+FORMAT = 2
 
 
 def _nvidia_smi() -> str | None:
@@ -39,6 +41,7 @@ def environment() -> dict[str, Any]:
             "rotated_bytes": timing.ROTATED_BYTES,
             "chain_us": timing.CHAIN_US,
             "max_calls": timing.MAX_CALLS,
+            "budget_s": turns.BUDGET_S,
         },
     }
 
@@ -48,25 +51,41 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
+def path_of(name: str, folder: pathlib.Path = FOLDER) -> pathlib.Path:
+    """Where the results of a benchmark on this device are: ``<device>-<name>.json``."""
+    return folder / f"{slug(jax.devices()[0].device_kind)}-{name}.json"
+
+
 def write(
     name: str,
     rows: list[dict[str, Any]],
     table: Callable[[list[dict[str, Any]]], str],
     folder: pathlib.Path = FOLDER,
+    shapes: str = "all",
+    seconds: float | None = None,
 ) -> pathlib.Path:
     """Writes ``<device>-<name>.json``, and ``.md`` beside it; returns the path of the former.
 
-    The rows are kept as they are; their keys state the units.
+    The rows are kept as they are; their keys state the units. The file appears whole or not at
+    all.
     """
-    results = {"name": name, "environment": environment(), "rows": rows}
+    results = {
+        "name": name,
+        "format": FORMAT,
+        "shapes": shapes,
+        "seconds": seconds,
+        "environment": environment(),
+        "rows": rows,
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{slug(results['environment']['device'])}-{name}.json"
+    path = path_of(name, folder)
     # A row a line: to be read, and compared with the one before.
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
     head = json.dumps({k: v for k, v in results.items() if k != "rows"}, indent=1, default=str)
-    path.write_text(f'{head[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
     path.with_suffix(".md").write_text(f"{table(rows)}\n")
-    return path
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(f'{head[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
+    return unfinished.replace(path)
 
 
 def read(path: str | pathlib.Path) -> dict[str, Any]:
@@ -89,5 +108,5 @@ def into_readme(name: str, table: str, readme: pathlib.Path) -> None:
     _, second_mark, after = rest.partition(end)
     if not mark or not second_mark:
         raise ValueError(f"{readme} has no marks {begin} and {end}")
-    first = "\n\n".join(table.split("\n\n")[:2])
+    first = "\n\n".join(table.split("\n\n")[:2]).rstrip()
     readme.write_text(f"{before}{begin}\n{first}\n{end}{after}")

@@ -11,19 +11,20 @@ Group = dict[str, Row]  # The rows of one problem by variant.
 #: Variants of the GEMM, in the order of the table.
 GEMM_NAMES = {
     "bf16": "bf16",
-    "f16": "f16",
-    "bf16_autotuned": "bf16, XLA's choice",
-    "naive": "FP8 naive",
-    "xla": "FP8 xla",
-    "cublaslt": "FP8 cublaslt",
-    "cublaslt_row": "row scales",
-    "cublaslt_precise": "precise",
-    "decode": "decode",
-    "cpp_first": "first heuristic (C++)",
-    "cpp_best": "best of 8 (C++)",
+    "fp8": "FP8",
+    "cpp_best": "best of cublasLt",
+    "fp8_row": "FP8, row scales",
+    "cpp_row_best": "best of cublasLt, row scales",
 }
-#: Those that have a column even where they are absent.
-_ALWAYS = set(GEMM_NAMES) - {"bf16_autotuned", "xla"}
+#: Those that are timed at few problems.
+OTHER_NAMES = {
+    "f16": "f16",
+    "cublaslt": "cublaslt",
+    "precise": "cublaslt, precise",
+    "small_m": "small_m",
+    "decode": "decode",
+    "naive": "naive",
+}
 
 
 def failure(error: Exception) -> Row:
@@ -70,7 +71,8 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join([join(cells[0]), rule, *map(join, cells[1:])])
 
 
-def _errors(rows: Iterable[Row], keys: Sequence[str]) -> list[str]:
+def errors(rows: Iterable[Row], keys: Sequence[str]) -> list[str]:
+    """A line for each row that has no figure."""
     return [
         f"- {row['variant']} at {' x '.join(str(row[key]) for key in keys)}: {row['error']}"
         for row in rows
@@ -78,9 +80,10 @@ def _errors(rows: Iterable[Row], keys: Sequence[str]) -> list[str]:
     ]
 
 
-def _assemble(parts: list[str], errors: list[str]) -> str:
-    if errors:
-        parts = [*parts, "Not measured:\n\n" + "\n".join(errors)]
+def assemble(parts: list[str], failed: list[str]) -> str:
+    """Text and tables, and at the end what failed."""
+    if failed:
+        parts = [*parts, "Not measured:\n\n" + "\n".join(failed)]
     return "\n\n".join(parts)
 
 
@@ -90,64 +93,70 @@ def _hidden(row: Row) -> bool:
     return head_start is None or row["host_us"] < head_start
 
 
+def _summary(by_problem: dict[tuple[Any, ...], Group]) -> str:
+    """Speedups over bf16, a line for each layer and a column for each M."""
+    ms = sorted({key[0] for key in by_problem})
+    layers = list(dict.fromkeys(key[1:] for key in by_problem))
+
+    def cell(key: tuple[Any, ...]) -> str:
+        group = by_problem.get(key, {})
+        both = (number(ratio(group, "bf16", name), "{:.2f}") for name in ("fp8", "fp8_row"))
+        return " / ".join(both) if group else "-"
+
+    return markdown(
+        ["N x K", *(f"M = {m}" for m in ms)],
+        [[f"{n} x {k}", *(cell((m, n, k)) for m in ms)] for n, k in layers],
+    )
+
+
 def gemm(rows: list[Row]) -> str:
-    """Times with the speedups, then rates, then the host's dispatch."""
+    """Speedups by layer and M, then times, rates and the other implementations."""
     by_problem = groups(rows, ("m", "n", "k"))
-    seen = {row["variant"] for row in rows}
-    names = [name for name in GEMM_NAMES if name in seen or name in _ALWAYS]
-    problem = ("M", "N x K")
-    fast = "cublaslt" if "cublaslt" in seen else "naive"
 
-    def start(key: tuple[Any, ...]) -> list[str]:
-        return [str(key[0]), f"{key[1]} x {key[2]}"]
+    def lines(
+        names: Sequence[str], cell: Callable[[Group, str], str], more: Sequence[str] = ()
+    ) -> list[list[str]]:
+        return [
+            [str(key[0]), f"{key[1]} x {key[2]}"]
+            + [cell(group, name) for name in names]
+            + [number(ratio(group, *both.split(" of ")), "{:.2f}") for both in more]
+            for key, group in by_problem.items()
+            if any(name in group for name in names)
+        ]
 
-    speedups: dict[str, Callable[[Group], float | None]] = {
-        "over bf16": lambda g: ratio(g, "bf16", fast),
-        "over f16": lambda g: ratio(g, "f16", fast),
-        "over naive": lambda g: ratio(g, "naive", fast),
-        "of first (C++)": lambda g: ratio(g, fast, "cpp_first"),
-    }
-    times = markdown(
-        [*problem, *(GEMM_NAMES[name] for name in names), *speedups],
-        [
-            start(key)
-            + [number(value(group, name)) for name in names]
-            + [number(speedup(group), "{:.2f}") for speedup in speedups.values()]
-            for key, group in by_problem.items()
-        ],
-    )
-    rated = [name for name in names if name in seen]
-    rates = markdown(
-        [*problem, *(GEMM_NAMES[name] for name in rated)],
-        [
-            start(key)
-            + [
-                f"{number(value(group, name, 'tflop_per_s'))} / "
-                f"{number(value(group, name, 'gb_per_s'))}"
-                for name in rated
-            ]
-            for key, group in by_problem.items()
-        ],
-    )
+    def time(group: Group, name: str) -> str:
+        return number(value(group, name))
+
+    def rate(group: Group, name: str) -> str:
+        flop, nbytes = (value(group, name, key) for key in ("tflop_per_s", "gb_per_s"))
+        return f"{number(flop)} / {number(nbytes)}" if flop else "-"
+
+    names = list(GEMM_NAMES)
+    header = ["M", "N x K", *GEMM_NAMES.values()]
+    ratios = ["fp8 of cpp_best", "fp8_row of cpp_row_best"]
+    times = markdown([*header, "of best", "of best, row scales"], lines(names, time, ratios))
     parts = [
-        "Device time of a call in us; bf16 and f16 through XLA, FP8 with tensor scales and fast "
-        f"accumulation where nothing else is said, bf16 out; speedups of FP8 {fast}, and its time "
-        "as a multiple of that of cublasLt's first heuristic called from C++. The naive kernel is "
-        "timed up to M = 128 and at 8192 x 8192 x 8192.",
+        "How many times as fast as bf16 a product of operands in FP8 is, with tensor scales / with "
+        "row scales, bf16 out: device time, fast accumulation.",
+        _summary(by_problem),
+        'Device time of a call in us. "of best": its time over that of the fastest of all '
+        "candidates of cublasLt, called from C++, timed by turns with it.",
         times,
         "TFLOP/s / GB/s (fewest bytes: operands once and result once).",
-        rates,
+        markdown(header, lines(names, rate)),
     ]
-    dispatched = {r["variant"]: r["dispatch_us"] for r in rows if r.get("dispatch_us")}
-    if dispatched:
-        said = ", ".join(f"{name} {number(us)}" for name, us in dispatched.items())
-        parts.append(f"The host's time in dispatching one jitted call, us: {said}.")
+    others = lines(list(OTHER_NAMES), time)
+    if others:
+        parts += [
+            "Other implementations, by name, in us.",
+            markdown(["M", "N x K", *OTHER_NAMES.values()], others),
+        ]
     loud = [row for row in rows if not _hidden(row)]
     if loud:
         parts.append(
             f"In {len(loud)} timings the host was slower than the head start it was given."
         )
-    return _assemble(parts, _errors(rows, ("m", "n", "k")))
+    return assemble(parts, errors(rows, ("m", "n", "k")))
 
 
 def quantize(rows: list[Row]) -> str:
@@ -174,4 +183,4 @@ def quantize(rows: list[Row]) -> str:
         "copy is x + 1 in bf16 over as many bytes; `tensor_static` is given its scale.",
         times,
     ]
-    return _assemble(parts, _errors(rows, ("rows", "columns")))
+    return assemble(parts, errors(rows, ("rows", "columns")))

@@ -1,74 +1,180 @@
-"""What the GEMM's figures must reach, and whether a file of results does."""
+"""What the figures must reach on an H200, and whether a file of results does."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks import tables
+from benchmarks import peers, tables
 
+Row = dict[str, Any]
+Problems = dict[tuple[Any, ...], tables.Group]
 
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """``slow`` takes at least ``least`` times as long as ``fast``, at (M, N, K)."""
-
-    problem: tuple[int, int, int]
-    slow: str
-    fast: str
-    least: float
-
-
-#: For an H200.
-TARGETS = (
-    Target((8192, 28672, 4096), "bf16", "cublaslt", 1.8),
-    Target((8192, 4096, 14336), "bf16", "cublaslt", 1.8),
-    Target((8192, 8192, 8192), "bf16", "cublaslt", 1.8),
-    Target((1, 28672, 4096), "bf16", "cublaslt", 1.65),
-    Target((8192, 8192, 8192), "naive", "cublaslt", 20.0),
-)
-#: The default plan's time over that of cublasLt's first heuristic called from C++.
-MOST_OF_FIRST = 1.03
+#: Of a large copy, read and written: what "the memory's speed" is here.
+COPY_BYTES_PER_S = 4.255e12
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """One line of the check."""
+    """One line of the check: a figure against what it may be at most, or must be at least."""
 
     what: str
     figure: float | None
-    bound: str
-    passed: bool
+    bound: float
+    at_most: bool = True
+
+    @property
+    def passed(self) -> bool:
+        """A figure that is missing is a miss."""
+        if self.figure is None:
+            return False
+        return self.figure <= self.bound if self.at_most else self.figure >= self.bound
 
     def __str__(self) -> str:
         figure = "no figure" if self.figure is None else f"{self.figure:.3f}"
-        return f"{'PASS' if self.passed else 'MISS'}  {self.what}: {figure} ({self.bound})"
+        side = "at most" if self.at_most else "at least"
+        return f"{'PASS' if self.passed else 'MISS'}  {self.what}: {figure} ({side} {self.bound:g})"
 
 
-def check(results: dict[str, Any]) -> list[Verdict]:
-    """The verdicts on the results of the GEMM, as ``results.read`` gives them.
+def _size(key: tuple[Any, ...]) -> str:
+    return " x ".join(map(str, key))
 
-    A figure that is missing is a miss.
+
+def _memory_us(nbytes: float) -> float:
+    return 1e6 * nbytes / COPY_BYTES_PER_S
+
+
+def _gemm(problems: Problems) -> Iterator[Verdict]:
+    for key, group in problems.items():
+        over = tables.ratio(group, "fp8", "cpp_best")
+        yield Verdict(f"gemm {_size(key)}, tensor scales over cublasLt's best", over, 1.03)
+        if key[0] <= 64:
+            over = tables.ratio(group, "fp8_row", "fp8")
+            yield Verdict(f"gemm {_size(key)}, row scales over tensor scales", over, 1.2)
+        else:
+            over = tables.ratio(group, "fp8_row", "cpp_row_best")
+            yield Verdict(f"gemm {_size(key)}, row scales over cublasLt's best", over, 1.03)
+
+
+def _quantize(problems: Problems) -> Iterator[Verdict]:
+    for key, group in problems.items():
+        elements = key[0] * key[1]
+        if elements <= 1 << 16:
+            us = tables.value(group, "tensor")
+            yield Verdict(f"quantize {_size(key)}, tensor, us", us, 3.0)
+        if elements < 8e6:
+            continue
+        over = tables.ratio(group, "row", "tensor_static")
+        yield Verdict(f"quantize {_size(key)}, row over a known scale", over, 1.1)
+        over = tables.ratio(group, "tensor", "tensor_static")
+        bound = 1.4 if elements <= 40e6 else 1.62
+        yield Verdict(f"quantize {_size(key)}, tensor over a known scale", over, bound)
+
+
+#: (M, N, K) -> the product with its quantization over the product alone.
+_OVER_BARE = {(8192, 28672, 4096): 1.04, (8192, 4096, 14336): 1.16, (2048, 4096, 4096): 1.22}
+
+
+def _peers(problems: Problems) -> Iterator[Verdict]:
+    for key, bound in _OVER_BARE.items():
+        group = problems.get(key, {})
+        over = tables.ratio(group, "row", "bare_row")
+        yield Verdict(f"matmul {_size(key)}, rowwise over its product", over, bound)
+        us, bare = tables.value(group, "tensor"), tables.value(group, "bare_tensor")
+        second_read_us = _memory_us(2.0 * key[0] * key[2])
+        over = (us - second_read_us) / bare if us and bare else None
+        what = f"matmul {_size(key)}, tensorwise less the second read over its product"
+        yield Verdict(what, over, bound)
+    for key, group in problems.items():
+        times = {name: us for name in peers.OTHERS if (us := tables.value(group, name))}
+        best = min(times, key=lambda name: times[name], default=None)
+        over = tables.ratio(group, "row", best) if best else None
+        yield Verdict(f"matmul {_size(key)}, rowwise over the best peer ({best})", over, 1.0)
+
+
+#: M -> how many times as fast as bf16 the block with recipe rowwise is.
+_BLOCK_SPEEDUPS = {8192: 1.82, 1024: 1.7, 128: 1.8, 16: 1.9, 1: 1.9}
+
+
+def _mlp(problems: Problems) -> Iterator[Verdict]:
+    for m, bound in _BLOCK_SPEEDUPS.items():
+        group = problems.get((m,), {})
+        over = tables.ratio(group, "bf16", "rowwise")
+        yield Verdict(f"MLP block, M = {m}, bf16 over rowwise", over, bound, at_most=False)
+        if m == 8192:
+            over = tables.ratio(group, "bf16", "static")
+            yield Verdict(f"MLP block, M = {m}, bf16 over static", over, 1.87, at_most=False)
+        if m <= 16:
+            us, nbytes = (tables.value(group, "rowwise", key) for key in ("us", "weights_bytes"))
+            over = us / _memory_us(nbytes) if us and nbytes else None
+            yield Verdict(f"MLP block, M = {m}, rowwise over reading the weights", over, 1.4)
+
+
+_ONE_ROW = {(1, 28672, 4096): 1.15, (1, 4096, 4096): 1.7}
+
+
+def _weight_only(problems: Problems) -> Iterator[Verdict]:
+    for key, bound in _ONE_ROW.items():
+        us = tables.value(problems.get(key, {}), "weight_only")
+        over = us / _memory_us(key[1] * key[2]) if us else None
+        yield Verdict(f"weight_only {_size(key)}, over reading the weights", over, bound)
+
+
+def _host(problems: Problems) -> Iterator[Verdict]:
+    for (n,), group in problems.items():
+        bf16 = tables.value(group, "bf16", "host_us")
+        for name in ("tensorwise", "rowwise"):
+            entered = tables.value(group, name, "handler_calls")
+            yield Verdict(f"host, {name}: handlers entered in {n} captured calls", entered, 0)
+            us = tables.value(group, name, "host_us")
+            more = us - bf16 if us is not None and bf16 is not None else None
+            # 5 us is what a call costs that is not captured.
+            yield Verdict(f"host, {name}: us of a captured call more than bf16's", more, 0.5)
+
+
+def _fused(problems: Problems) -> Iterator[Verdict]:
+    for (producer, rows, columns), group in problems.items():
+        elements = rows * columns
+        if elements < 8e6:
+            continue
+        for name in ("row", "1x128", "tensor", "tensor_static"):
+            us, rate = (tables.value(group, name, key) for key in ("us", "gb_per_s"))
+            over = None
+            if us and rate:
+                nbytes = 1e3 * rate * us
+                if name == "tensor":  # It computes what it quantizes twice.
+                    nbytes += elements * (4 if producer == "swiglu" else 2)
+                over = (us - 2.0) / _memory_us(nbytes)
+            what = f"{producer} {rows} x {columns}, {name}, less 2 us over moving its bytes"
+            yield Verdict(what, over, 1.15)
+
+
+def _compile(problems: Problems) -> Iterator[Verdict]:
+    for key, group in problems.items():
+        ours, bf16 = (tables.value(group, name, "until_first_ms") for name in ("matmul", "bf16"))
+        more = ours - bf16 if ours is not None and bf16 is not None else None
+        yield Verdict(f"compile {_size(key)}, ms until the first result more than bf16", more, 500)
+
+
+CHECKS: dict[str, Callable[[Problems], Iterator[Verdict]]] = {
+    "gemm": _gemm,
+    "quantize": _quantize,
+    "peers": _peers,
+    "mlp": _mlp,
+    "weight_only": _weight_only,
+    "host": _host,
+    "fused": _fused,
+    "compile": _compile,
+}
+
+
+def check(results: dict[str, Any], keys: tuple[str, ...]) -> list[Verdict]:
+    """The verdicts on results as ``results.read`` gives them; none where there are no targets.
+
+    Args:
+      results: of one benchmark.
+      keys: what tells its problems apart, the benchmark's KEYS.
     """
-    if results["name"] != "gemm":
-        raise ValueError(
-            f"the targets are for the GEMM, and these are results of {results['name']}"
-        )
-    by_problem = tables.groups(results["rows"], ("m", "n", "k"))
-    verdicts = []
-    for target in TARGETS:
-        figure = tables.ratio(by_problem.get(target.problem, {}), target.slow, target.fast)
-        size = " x ".join(map(str, target.problem))
-        what = f"{size}, {target.fast} against {target.slow}"
-        passed = figure is not None and figure >= target.least
-        verdicts.append(Verdict(what, figure, f"at least {target.least}", passed))
-    for problem, group in by_problem.items():
-        figure = tables.ratio(group, "cublaslt", "cpp_first")
-        what = f"{' x '.join(map(str, problem))}, time over that of the first heuristic from C++"
-        # With one algorithm on both sides what differs is the card: its clocks under load.
-        algorithms = {
-            group[name].get("algorithm") for name in ("cublaslt", "cpp_first") if name in group
-        }
-        what += ", one algorithm" if len(algorithms) == 1 else ", two algorithms"
-        passed = figure is not None and figure <= MOST_OF_FIRST
-        verdicts.append(Verdict(what, figure, f"at most {MOST_OF_FIRST}", passed))
-    return verdicts
+    checks = CHECKS.get(results["name"])
+    return list(checks(tables.groups(results["rows"], keys))) if checks else []

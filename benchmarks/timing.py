@@ -1,18 +1,19 @@
-"""Device time per call, from chains of calls inside one jit; host dispatch apart.
+"""Device time per call, from chains of calls inside one jit.
 
-A chain of n calls is one compiled program. Each call's operands pass through an optimization
+A chain of calls is one compiled program. Each call's operands pass through an optimization
 barrier together with the result before, so the calls are scheduled one after the other and none
 is merged with another; one operand rotates over copies that together exceed the L2 cache. Every
-result is returned, so none is dead. The time of a call is ``(t(2n) - t(n)) / n``, which leaves
-out what a dispatch costs once; what it costs for each argument and result is hidden behind a
-kernel that keeps the device busy before the chain starts.
+result is returned, so none is dead. Stamps of the device's clock (``stamp.py``) stand before the
+first call, after n and after 3n: the time of a call is ``(t(2n) - t(n)) / n``, which leaves out
+what the stamps themselves cost. What the host takes for each argument and result is hidden behind
+a kernel that keeps the device busy before the chain starts.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
+import os
 import re
 import statistics
 import time
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 import jax_fp8
+from benchmarks import hlo, stamp
 
 #: Rates above those of any one GPU of today, so that a floor from them is below any time.
 PEAK_BYTES_PER_S = 4.8e12
@@ -34,12 +36,10 @@ PEAK_FLOP_PER_S = {"fp8": 2.0e15, "16bit": 1.0e15, "naive": 1.0e12}
 #: Together the copies of the rotated operand take this. Of 60 MB of L2 with random replacement
 #: exp(-512 / 60) of it survives a round, so a call reads from memory what a cold one would.
 ROTATED_BYTES = 512 << 20
-CHAIN_US = 2000.0
-MAX_CALLS = 64
+CHAIN_US = 1000.0
+MAX_CALLS = 32
 #: About what one kernel of a head start takes.
 HEAD_START_US = 500.0
-#: Calls slower than this are timed one by one: their dispatch is nothing.
-SLOW_US = 2e5
 #: Without it two calls of one command buffer could run at once where no buffer orders them.
 SERIAL = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
 
@@ -55,62 +55,72 @@ def floor_us(nbytes: float, flop: float = 0.0, unit: str = "16bit") -> float:
 
 
 def calls_for(floor: float) -> int:
-    """Calls in a chain of at least CHAIN_US, up to MAX_CALLS; a few where there is no GPU."""
+    """n: calls that take at least CHAIN_US, up to MAX_CALLS; a few where there is no GPU."""
     most = MAX_CALLS if on_gpu() else 2
-    return 1 if floor > SLOW_US else max(1, min(most, math.ceil(CHAIN_US / floor)))
+    return max(1, min(most, math.ceil(CHAIN_US / floor)))
 
 
 def copies_for(nbytes: int, calls: int) -> int:
     """Copies of an operand that rotates: beyond the L2 cache, but no more than calls."""
     total = ROTATED_BYTES if on_gpu() else nbytes
-    return max(1, min(2 * calls, 1 + total // nbytes))
+    return max(1, min(3 * calls, 1 + total // nbytes))
 
 
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """Microseconds of one call, and how they were found.
-
-    Attributes:
-      us: median over pairs of ``(t(2n) - t(n)) / n``; of ``t(2n) / 2n`` where there is no GPU,
-        and so no head start that would make the difference mean something.
-      us_min: of the fastest 2n and the fastest n.
-      us_iqr: interquartile range of the pairs.
-      wall_us: median ``t(2n) / 2n`` with nothing subtracted and no head start.
-      host_us: the host's time in dispatching the chain of 2n calls.
-      head_start_us: what the device was busy with meanwhile; should be more. None without a GPU.
-      calls: n.
-      pairs: repetitions.
-      ran: the targets that the compiled chain calls; empty where XLA made kernels of its own.
-    """
-
-    us: float
-    us_min: float
-    us_iqr: float
-    wall_us: float
-    host_us: float
-    head_start_us: float | None
-    calls: int
-    pairs: int
-    ran: str
-
-
-def chain(call: Callable[..., Any], calls: int) -> Callable[..., list[Any]]:
+def chain(call: Callable[..., Any], calls: int, marks: Sequence[int] = ()) -> Callable[..., Any]:
     """A function of ``(fixed, rotated)`` that makes ``calls`` calls, one after the other.
 
-    Call i is ``call(*fixed, *rotated[i % len(rotated)])``.
+    Call i is ``call(*fixed, *rotated[i % len(rotated)])``. The results are the stamps, one before
+    each call that ``marks`` names (``calls`` is behind the last), and all that the calls give.
     """
     call = jax.jit(call)  # Traced once, however often it is called.
 
-    def run(fixed: tuple[Any, ...], rotated: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def run(fixed: tuple[Any, ...], rotated: Sequence[tuple[Any, ...]]) -> Any:
+        stamps: list[Any] = []
         results: list[Any] = []
-        for i in range(calls):
+        before: list[Any] = []  # Its last is what the next call waits for.
+        for i in range(calls + 1):
+            if i in marks:
+                before = stamps
+                stamps.append(_stamp(results[-1] if results else (fixed, rotated)))
+            if i == calls:
+                break
             operands = (*fixed, *rotated[i % len(rotated)])
-            if results:
-                operands, results[-1] = lax.optimization_barrier((operands, results[-1]))
+            if before:
+                operands, before[-1] = lax.optimization_barrier((operands, before[-1]))
             results.append(call(*operands))
-        return results
+            before = results
+        return stamps, results
 
     return run
+
+
+def fed_chain(
+    call: Callable[..., Any], calls: int, marks: Sequence[int] = ()
+) -> Callable[..., Any]:
+    """A function of ``(state, rotated)`` in which each call takes the state of the one before.
+
+    Call i is ``state = call(*state, *rotated[i % len(rotated)])``. What the compiler can do
+    between one call and the next it may do, as in the layers of a model. The results are the
+    stamps, as in ``chain``, and the first and the last state.
+    """
+
+    def run(state: tuple[Any, ...], rotated: Sequence[tuple[Any, ...]]) -> Any:
+        stamps: list[Any] = []
+        states: list[Any] = []
+        for i in range(calls + 1):
+            if i in marks:
+                state, at = lax.optimization_barrier((state, _stamp(state)))
+                stamps.append(at)
+            if i == calls:
+                return stamps, [*states, state]
+            state = call(*state, *rotated[i % len(rotated)])
+            states = states or [state]
+
+    return run
+
+
+def _stamp(after: Any) -> jax.Array:
+    return stamp.stamp(jax.tree.leaves(after)[-1])
 
 
 def compile_with(lowered: Any, options: dict[str, Any]) -> Any:
@@ -147,16 +157,30 @@ def head_start() -> tuple[Callable[[], Any], float]:
     return (lambda: product(x)), us
 
 
-def _wall_us(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    results = function()
+def _wait(results: Any) -> None:
     # The results of one program are ready together; to ask each one would cost the host's time.
     jax.tree.leaves(results)[-1].block_until_ready()
+
+
+def _wall_us(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    _wait(function())
     return 1e6 * (time.perf_counter() - start)
 
 
 class Chains:
-    """The compiled chains of n and 2n calls of one function on its operands."""
+    """The compiled chain of n and, behind them, 2n calls of one function on its operands.
+
+    Without stamps they are two programs, and the host's clock times both.
+
+    Args:
+      call: what is timed.
+      fixed: its first operands, the same for each call; with ``feed`` the state that goes in.
+      rotated: its further operands, by turns.
+      floor: microseconds that a call takes at least, which sets n.
+      options: for XLA's compiler.
+      feed: whether each call takes the result of the one before.
+    """
 
     def __init__(
         self,
@@ -165,96 +189,127 @@ class Chains:
         rotated: Sequence[tuple[Any, ...]],
         floor: float,
         options: dict[str, Any] | None = None,
+        feed: bool = False,
     ) -> None:
         self.calls = calls_for(floor)
-        self.slow = floor > SLOW_US
         self._head_starts = 1
+        self._host_us = 0.0
         self._operands = (fixed, rotated)
-        lengths = (1,) if self.slow else (self.calls, 2 * self.calls)
+        self._stamped = stamp.available()
+        marks = (0, self.calls, 3 * self.calls) if self._stamped else ()
+        make = fed_chain if feed else chain
+        start = time.perf_counter()
         self._programs = [
             compile_with(
-                jax.jit(chain(call, length)).lower(fixed, rotated), {**SERIAL, **(options or {})}
+                jax.jit(make(call, length, marks)).lower(fixed, rotated),
+                {**SERIAL, **(options or {})},
             )
-            for length in lengths
+            for length in ((3 * self.calls,) if self._stamped else (self.calls, 2 * self.calls))
         ]
+        self._prepare_s = time.perf_counter() - start
+        self._plans: list[str] = []
         text = self._programs[-1].as_text()
-        self._ran = ", ".join(sorted(set(re.findall(r'custom_call_target="([^"]+)"', text))))
-        if on_gpu() and " copy(" in text:
-            warnings.warn("XLA copies in the chain, and the copies are timed", stacklevel=2)
+        targets = set(re.findall(r'custom_call_target="([^"]+)"', text)) - {stamp.TARGET}
+        self._ran = ", ".join(sorted(targets))
+        self._multiplied = hlo.products(text)
+        self._kernels = [len(names) for names in stamp.kernels(text)]
+        if self._stamped:
+            before, short, long, after = self._kernels
+            # A few more or less where the compiler fuses calls with one another.
+            if before or after or abs(long - 2 * short) > short / 4:
+                warnings.warn(f"kernels between the stamps: {self._kernels}", stacklevel=2)
 
-    def _run(self, which: int) -> float:
-        return _wall_us(lambda: self._programs[which](*self._operands))
+    def first(self) -> Any:
+        """The result of the first call."""
+        return self._programs[0](*self._operands)[1][0]
 
-    def _run_behind_head_start(self, which: int) -> tuple[float, float]:
-        """Microseconds until the results are there, and until the host had dispatched all."""
+    def facts(self) -> dict[str, Any]:
+        """What it ran and how.
+
+        Returns:
+          ``ran``: the targets that the compiled chain calls, empty where XLA made kernels of its
+          own; ``multiplied``: what ``hlo.products`` says of it; ``plans``: the implementations and
+          algorithms that ``jax_fp8.plans`` says it ran; ``stamped``: whether the clock is the
+          device's; ``kernels``: how many XLA runs before the first stamp, between each two, and
+          after the last; ``prepare_s``: seconds until the chain was compiled, beside others;
+          ``host_us``: the host's time in dispatching it; ``head_start_us``: what the device was
+          busy with meanwhile, which should be more, None where there was none.
+        """
+        return {
+            "ran": self._ran,
+            "multiplied": self._multiplied,
+            "plans": self._plans,
+            "stamped": self._stamped,
+            "kernels": self._kernels,
+            "prepare_s": self._prepare_s,
+            "host_us": self._host_us,
+            "head_start_us": self._head_starts * head_start()[1] if on_gpu() else None,
+        }
+
+    def _run(self, which: int = 0) -> tuple[float, list[Any]]:
+        """The host's microseconds until a program's results are there, and its stamps."""
         busy, _ = head_start()
         start = time.perf_counter()
         for _ in range(self._head_starts):
             busy()
-        results = self._programs[which](*self._operands)
-        dispatched = time.perf_counter()
-        jax.tree.leaves(results)[-1].block_until_ready()
-        done = time.perf_counter()
-        return 1e6 * (done - start), 1e6 * (dispatched - start)
+        stamps, results = self._programs[which](*self._operands)
+        self._host_us = 1e6 * (time.perf_counter() - start)
+        _wait((stamps, results))
+        return 1e6 * (time.perf_counter() - start), stamps
 
-    def time(self, budget_s: float = 0.15) -> Timing:
-        """Times the chains by turns, for about ``budget_s`` after the warm-up."""
-        if self.slow:
-            self._run(0)
-            walls = sorted(self._run(0) for _ in range(2))
-            wall = statistics.median(walls)
-            return Timing(wall, walls[0], walls[1] - walls[0], wall, 0.0, None, 1, 2, self._ran)
-        # The first runs load modules, choose algorithms and record XLA's command buffers.
-        for which in (0, 1, 0):
-            self._run_behind_head_start(which)
-        busy_us = head_start()[1]
-        if on_gpu():  # Twice what the host needs, in both chains.
-            host_us = min(self._run_behind_head_start(1)[1] for _ in range(2))
-            self._head_starts = max(1, min(16, math.ceil(2 * host_us / busy_us)))
-        walls = [self._run(1) for _ in range(5)]
-        pair_s = 1e-6 * sum(self._run_behind_head_start(which)[0] for which in (0, 1))
-        pairs = max(5, min(40, int(budget_s / pair_s)))
-        short, long, host = [], [], []
-        for _ in range(pairs):
-            short.append(self._run_behind_head_start(0)[0])
-            total, dispatch = self._run_behind_head_start(1)
-            long.append(total)
-            host.append(dispatch)
-        if not on_gpu():
-            short, long = [0.0] * pairs, [0.5 * total for total in long]
-        differences = [(b - a) / self.calls for a, b in zip(short, long, strict=True)]
-        low, middle, high = statistics.quantiles(differences, n=4)
-        host_us = statistics.median(host)
-        return Timing(
-            us=middle,
-            us_min=(min(long) - min(short)) / self.calls,
-            us_iqr=high - low,
-            wall_us=statistics.median(walls) / (2 * self.calls),
-            host_us=host_us,
-            head_start_us=self._head_starts * busy_us if on_gpu() else None,
-            calls=self.calls,
-            pairs=pairs,
-            ran=self._ran,
+    def warm(self) -> None:
+        """The first runs load modules, choose algorithms and record XLA's command buffers."""
+        head_start()
+        jax_fp8.clear_plans()
+        _wait(self._programs[0](*self._operands))
+        self._plans = sorted(
+            {
+                " ".join(filter(None, (plan["implementation"], plan.get("algorithm"))))
+                for plan in jax_fp8.plans()
+                if plan["when"] == "run" and plan["operation"] == "scaled_matmul"
+            }
         )
+        host_us = []
+        for _ in range(3):
+            for which in range(len(self._programs)):
+                self._run(which)
+            host_us.append(self._host_us)
+        if on_gpu():  # Twice what the host needs.
+            self._head_starts = max(1, min(16, math.ceil(2 * min(host_us) / head_start()[1])))
+
+    def pair(self) -> tuple[float, float]:
+        """Microseconds of n and of 2n calls; without a GPU, of none and of n."""
+        if self._stamped:
+            _, (a, b, c) = self._run()
+            return stamp.between(a, b), stamp.between(b, c)
+        if not on_gpu():  # There is no head start that would make the difference mean something.
+            return 0.0, 0.5 * self._run(1)[0]
+        return self._run(0)[0], self._run(1)[0]
 
 
-def prepare_all(jobs: Sequence[Callable[[], Chains]]) -> list[Chains | Exception]:
+def prepare_all(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
     """Compiles chains side by side; one that fails is its exception and loses no other."""
 
-    def prepare(job: Callable[[], Chains]) -> Chains | Exception:
+    def prepare(job: Callable[[], Any]) -> Any:
         try:
             return job()
         except Exception as error:
             return error
 
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         return list(pool.map(prepare, jobs))
 
 
-def dispatch_us(call: Callable[..., Any], operands: tuple[Any, ...], repeats: int = 200) -> float:
-    """The host's time in one jitted call, until it returns: the median, device time left out."""
+def dispatch_us(
+    call: Callable[..., Any], operands: tuple[Any, ...], repeats: int = 200, warm: int = 5
+) -> float:
+    """The host's time in one jitted call, until it returns: the median, device time left out.
+
+    The calls of the warm-up are those in which XLA records its command buffers.
+    """
     function = jax.jit(call)
-    jax.block_until_ready(function(*operands))
+    for _ in range(warm):
+        jax.block_until_ready(function(*operands))
     times = []
     for _ in range(repeats):
         start = time.perf_counter()

@@ -1,11 +1,10 @@
 """The machinery of benchmarks/; its figures are for a GPU and a person to judge."""
 
-import json
 import pathlib
+import re
 import sys
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 import jax_fp8
@@ -15,227 +14,295 @@ pytest.importorskip("tqdm")
 sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
 
 from benchmarks import __main__ as program
-from benchmarks import accuracy, gemm, heuristic, plots, quantize, results, tables, targets, timing
+from benchmarks import (
+    accuracy,
+    gemm,
+    host,
+    mlp,
+    operands,
+    peers,
+    plots,
+    registry,
+    results,
+    roofline,
+    tables,
+    targets,
+    timing,
+    weight_only,
+)
 
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def made_up(first=1.0, bf16=2.0, naive=25.0):
-    """Results as of a GPU on which FP8 takes 100 us for everything."""
-    rows = []
-    for m, n, k in gemm.SHAPES["all"]:
-        times = {"bf16": 100 * bf16, "f16": 190.0, "cublaslt": 100.0, "cpp_first": 100 / first}
-        times["naive"] = 100 * naive if (m, n, k) == gemm.CUBE else None
-        for variant, us in times.items():
-            row = {"m": m, "n": n, "k": k, "variant": variant, "us": us}
-            if us:
-                row |= {"tflop_per_s": 2e-6 * m * n * k / us, "gb_per_s": 1e-3 * (m + n) * k / us}
-            rows.append(row)
-    return {"name": "gemm", "environment": {"device": "Made Up"}, "rows": rows}
+BENCHMARKS = registry.benchmarks()
 
 
 def naive(x, w):
     return jax_fp8.scaled_matmul(x, w, implementation="naive")
 
 
-def test_chain_is_serial_in_the_compiled_program():
-    x = jax_fp8.quantize(jnp.ones((2, 16)))
-    # A copy for each call: XLA's CPU compiler may drop the barriers, and then merge equal calls.
-    rotated = [(jax_fp8.quantize(jnp.full((3, 16), 1.0 + i)),) for i in range(5)]
-    lowered = jax.jit(timing.chain(naive, 5)).lower((x,), rotated)
-    # Between each call and the one before there is a barrier ...
-    assert lowered.as_text("hlo").count("opt-barrier(") == 4
-    compiled = lowered.compile()
-    text = compiled.as_text()
-    # ... and nothing but the calls is in between.
-    assert text.count("custom-call(") == 5
-    assert "is_scheduled=true" in text and " copy(" not in text and " call(" not in text
-    assert [float(y[0, 0]) for y in compiled((x,), rotated)] == [16.0, 32.0, 48.0, 64.0, 80.0]
+# --- Each benchmark -------------------------------------------------------------------------------
 
 
-def test_each_call_of_a_chain_waits_for_the_one_before():
-    jaxpr = jax.make_jaxpr(timing.chain(lambda x, w: x * w, 4))((1.0,), [(2.0,), (3.0,)])
-    made, barriers = None, 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "optimization_barrier":
-            barriers += 1
-            assert made in equation.invars
-            behind = set(equation.outvars)
-        else:
-            assert barriers == 0 or behind.issuperset(equation.invars)
-            (made,) = equation.outvars
-    assert barriers == 3
+def run(name, out, *more):
+    """The rows and the path that the program writes."""
+    assert program.main(["--only", name, "--shapes", "smoke", "--out", str(out), *more]) == 0
+    (path,) = out.glob(f"*-{name}.json")
+    return results.read(path)["rows"], path
 
 
-def test_calls_and_copies():
-    assert timing.calls_for(10 * timing.SLOW_US) == 1
-    assert timing.calls_for(timing.CHAIN_US) == 1
-    assert timing.calls_for(1e-3) >= 2
-    assert timing.copies_for(1 << 40, 8) == 1 + (not timing.on_gpu())
-    assert timing.copies_for(1, 8) <= 16
+def measured(rows):
+    """The variants that have a time; the others must say why not."""
+    assert all(row["us"] > 0 if row.get("us") is not None else row["error"] for row in rows), rows
+    return {row["variant"] for row in rows if row.get("us") is not None}
 
 
-def test_options_that_xla_does_not_know_are_dropped():
-    lowered = jax.jit(lambda x: x + 1).lower(1.0)
-    with pytest.warns(UserWarning, match="no option xla_of_another_time"):
-        compiled = timing.compile_with(lowered, {"xla_of_another_time": True, **timing.SERIAL})
-    assert compiled(1.0) == 2.0
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_runs_and_comes_back(name, tmp_path, monkeypatch):
+    if name == "gemm":  # A large product with the naive kernel takes its time on a CPU.
+        monkeypatch.setitem(gemm.SHAPES, "smoke", ((1, 32, 64), (16, 32, 64)))
+    rows, path = run(name, tmp_path)
+    module = BENCHMARKS[name]
+    figure = getattr(module, "FIGURES", ("us",))[0]
+    assert any(row.get(figure) is not None for row in rows)
+    groups = tables.groups(rows, module.KEYS)
+    assert sum(map(len, groups.values())) == len(rows), "KEYS do not tell the problems apart"
+    found = results.read(path)
+    assert found["environment"]["device"] == jax.devices()[0].device_kind
+    assert (found["format"], found["shapes"]) == (results.FORMAT, "smoke")
+    assert path.with_suffix(".md").read_text() == module.table(rows) + "\n"
+    assert "|---" in path.with_suffix(".md").read_text()
+    drawn = path.with_suffix(".png")
+    assert drawn.exists() == (name in plots.DRAWINGS)
+    if drawn.exists():
+        assert drawn.read_bytes().startswith(PNG)
+    targets.check(found, module.KEYS)  # It may be missed here, but can be told.
 
 
-def test_gemm_runs_and_comes_back(tmp_path, monkeypatch):
-    monkeypatch.setitem(gemm.SHAPES, "smoke", ((1, 32, 64), (16, 32, 64)))
-    rows = gemm.run("smoke", names=("bf16", "naive"), native=False)
-    assert len(rows) == 2 * len(gemm.SHAPES["smoke"])
-    assert all(row["us"] > 0 and row["tflop_per_s"] > 0 for row in rows), rows
-    assert {row["variant"] for row in rows if "dispatch_us" in row} == {"bf16", "naive"}
-    assert all(row["ran"] == "jax_fp8_scaled_matmul" for row in rows if row["variant"] == "naive")
-    path = results.write("gemm", rows, gemm.table, tmp_path)
-    read = results.read(path)
-    assert read["rows"] == rows
-    assert read["environment"]["device"] == jax.devices()[0].device_kind
-    assert path.with_suffix(".md").read_text() == gemm.table(rows) + "\n"
-    assert program.main(["plot", str(path)]) == 0
-    assert path.with_suffix(".png").read_bytes().startswith(PNG)
+def test_gemm_times_its_variants(tmp_path):
+    rows, _ = run("gemm", tmp_path)
+    assert {"bf16", "fp8", "fp8_row", "naive"} <= measured(rows)
+    assert all(row["tflop_per_s"] > 0 and row["gb_per_s"] > 0 for row in rows if row.get("us"))
+    at = {row["variant"] for row in rows if (row["m"], row["n"], row["k"]) == gemm.OTHERS_AT[0]}
+    assert "naive" in at
+    naives = [row for row in rows if row["variant"] == "naive"]
+    assert all(row["ran"] == "jax_fp8_scaled_matmul" for row in naives)
+    assert all(row["plans"] == ["naive"] for row in naives)
 
 
-def test_quantize_runs(tmp_path, monkeypatch):
-    monkeypatch.setitem(quantize.SHAPES, "smoke", ((3, 64),))
-    monkeypatch.setattr(
-        quantize, "VARIANTS", {name: quantize.VARIANTS[name] for name in ("copy", "tensor_static")}
+def test_peers_compute_the_product():
+    rows = peers.run("smoke")
+    assert {"bf16", "row", "tensor", "bare_row", "xla_raw", "xla_raw_row"} <= measured(rows)
+    # E4M3 has 3 bits of mantissa: half an ulp is at most 2^-4 of a value, and errors average.
+    assert all(row["rms_error"] < 2**-4 for row in rows if row.get("us"))
+    assert all(
+        row["rms_error"] > 2**-8 for row in rows if row.get("us") and row["variant"] != "bf16"
     )
-    assert program.main(["quantize", "--shapes", "smoke", "--out", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("*-quantize.json")
-    rows = results.read(path)["rows"]
-    assert [row["variant"] for row in rows] == ["copy", "tensor_static"]
-    assert all(row["us"] > 0 and row["gb_per_s"] > 0 for row in rows), rows
-    assert path.with_suffix(".png").read_bytes().startswith(PNG)
+    if not timing.on_gpu():
+        xla = [row for row in rows if row["variant"].startswith("xla")]
+        assert xla and not any(row["fp8"] for row in xla)
+
+
+def test_blocks_of_the_mlp_agree_with_bf16():
+    rows = mlp.run("smoke")
+    assert {"bf16", "unfused"} <= measured(rows)
+    for row in rows:
+        if row.get("us") and row["variant"] != "bf16":
+            assert 0 < row["rms_off_bf16"] < 0.15, row
+
+
+def test_weight_only_compares(monkeypatch):
+    rows = weight_only.run("smoke")
+    assert {"bf16", "rowwise"} <= measured(rows)
+    assert all(0 < row["rms_error"] < 2**-4 for row in rows if row.get("us"))
+
+
+def test_from_which_m_rowwise_wins():
+    def rows(*ratios):
+        return [
+            {"m": 2**i, "n": 3, "k": 5, "variant": name, "us": us}
+            for i, ratio in enumerate(ratios)
+            for name, us in (("weight_only", ratio), ("rowwise", 1.0))
+        ]
+
+    assert weight_only.faster_from(rows(0.5, 1.2, 0.9, 1.1, 2.0), 3, 5) == 8
+    assert weight_only.faster_from(rows(2.0, 0.5), 3, 5) is None
+    assert "rowwise wins from M = 2 on" in weight_only.table(rows(0.5, 1.2))
+
+
+def test_host_counts_the_handlers(monkeypatch):
+    monkeypatch.setattr(host, "RUNS", 3)
+    monkeypatch.setitem(
+        host.VARIANTS, "naive", (operands.tensor, lambda x, w: naive(jax_fp8.quantize(x), w))
+    )
+    rows = {row["variant"]: row for row in host.run("smoke")}
+    assert rows["bf16"]["handler_calls"] == 0
+    if not timing.on_gpu():  # Nothing is captured here, so each call is seen: 2 calls, 10 runs.
+        assert rows["naive"]["handler_calls"] == 20
+
+
+def test_accuracy_is_that_of_float32(tmp_path):
+    rows, _ = run("accuracy", tmp_path)
+    assert {(row["k"], row["data"]) for row in rows} == {
+        (k, data) for k in accuracy.K["smoke"] for data in accuracy.DATA
+    }
+    # The additions of K float32 values.
+    assert all(0 < row["rms_error_over_rms"] < row["k"] * 2.0**-24 for row in rows)
 
 
 def test_one_variant_that_fails_loses_no_other(monkeypatch):
     def broken(x, w):
         raise RuntimeError("no such luck\nand more")
 
-    variants = (gemm.VARIANTS[0], gemm.Variant("decode", "fp8", broken, "fp8", "any"))
+    variants = (gemm.VARIANTS[0], gemm.Variant("decode", operands.tensor, broken, "fp8", "any"))
     monkeypatch.setattr(gemm, "VARIANTS", variants)
+    monkeypatch.setattr(gemm, "NATIVE", {})
     monkeypatch.setitem(gemm.SHAPES, "smoke", ((2, 16, 16),))
-    with pytest.warns(UserWarning, match="dispatch of decode"):
-        rows = gemm.run("smoke", native=False)
+    rows = gemm.run("smoke")
     assert rows[0]["us"] > 0
     assert rows[1]["us"] is None and rows[1]["error"] == "RuntimeError: no such luck"
     assert "decode at 2 x 16 x 16: RuntimeError" in gemm.table(rows)
 
 
 def test_work():
-    nbytes, flop = gemm.work((2, 3, 5), "bf16")
+    nbytes, flop = gemm.work((2, 3, 5), 2)
     assert (nbytes, flop) == (2 * (10 + 15) + 2 * 6, 60)
-    assert gemm.work((2, 3, 5), "fp8_row")[0] == 10 + 15 + 2 * 6
+    assert gemm.work((2, 3, 5), 1)[0] == 10 + 15 + 2 * 6
 
 
-def test_table_shows_what_is_absent_as_a_dash():
-    text = gemm.table(made_up()["rows"])
-    header, _, *lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert "FP8 cublaslt" in header and "best of 8 (C++)" in header
-    cells = dict(
-        zip(
-            [cell.strip() for cell in header.split("|")],
-            [cell.strip() for cell in lines[0].split("|")],
-            strict=True,
-        )
-    )
-    assert cells["M"] == "1" and cells["N x K"] == "6144 x 4096"
-    assert cells["FP8 naive"] == cells["decode"] == cells["over naive"] == "-"
-    assert cells["bf16"] == "200" and cells["over bf16"] == "2.00"
-    assert tables.number(None) == "-" and tables.number(1234.5) == "1234"
+# --- The program ----------------------------------------------------------------------------------
 
 
-def test_targets_met():
-    verdicts = targets.check(made_up())
-    assert len(verdicts) == len(targets.TARGETS) + len(gemm.SHAPES["all"])
-    assert all(verdict.passed for verdict in verdicts)
-    assert str(verdicts[0]).startswith("PASS  8192 x 28672 x 4096") and "2.000" in str(verdicts[0])
+def test_a_run_goes_on_where_it_was_cut(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def fake(name):
+        def run(shapes):
+            calls.append(name)
+            if name == "host":
+                raise RuntimeError("no such luck")
+            return [{"n": 1, "variant": "bf16", "us": 1.0}]
+
+        return run
+
+    for name in ("host", "accuracy"):
+        monkeypatch.setattr(BENCHMARKS[name], "run", fake(name))
+        monkeypatch.setattr(BENCHMARKS[name], "table", lambda rows: "title\n\n| table |")
+    monkeypatch.setattr(plots, "DRAWINGS", {})
+    options = ["--only", "host,accuracy", "--shapes", "smoke", "--out", str(tmp_path), "--resume"]
+    assert program.main(options) == 1
+    assert calls == ["host", "accuracy"] and "no such luck" in capsys.readouterr().err
+    assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".json", ".md"]
+    assert program.main(options) == 1
+    assert calls == ["host", "accuracy", "host"]
+    assert program.main(options[:-1]) == 1
+    assert calls[3:] == ["host", "accuracy"]
 
 
-@pytest.mark.parametrize(
-    "figures, missed",
-    [
-        ({"bf16": 1.79}, 3),
-        ({"bf16": 1.64}, 4),
-        ({"naive": 19.9}, 1),
-        ({"first": 1.04}, len(gemm.SHAPES["all"])),
-    ],
-)
-def test_targets_missed(figures, missed, tmp_path, capsys):
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps(made_up(**figures)))
-    before = path.read_text()
-    assert program.main(["check", str(path)]) == 1
-    assert capsys.readouterr().out.count("MISS  ") == missed
-    assert path.read_text() == before
-
-
-def test_a_figure_that_is_missing_is_a_miss():
-    nothing = {"name": "gemm", "environment": {}, "rows": []}
-    assert [str(verdict)[:4] for verdict in targets.check(nothing)] == ["MISS"] * 5
-
-
-def test_what_is_unknown_is_refused():
+def test_what_is_unknown_is_refused(tmp_path):
     with pytest.raises(ValueError, match="unknown among fp7"):
         gemm.run("smoke", names=("fp7",))
-    with pytest.raises(ValueError, match="for the GEMM"):
-        targets.check({**made_up(), "name": "quantize"})
-    with pytest.raises(SystemExit):
-        program.main(["check"])
-
-
-def test_picture_of_the_gemm(tmp_path):
-    path = plots.draw(made_up(), tmp_path / "gemm.png")
-    assert path.read_bytes().startswith(PNG)
-    with pytest.raises(ValueError, match="no picture of 'else'"):
-        plots.draw({**made_up(), "name": "else"}, path)
-
-
-def test_a_file_of_something_else_is_refused(tmp_path):
+    for arguments in (["--only", "fp7"], ["check"], ["compare", "one"], ["--shapes", "llama"]):
+        with pytest.raises(SystemExit):
+            program.main(arguments)
     (tmp_path / "else.json").write_text("{}")
     with pytest.raises(ValueError, match="no file of results"):
         results.read(tmp_path / "else.json")
 
 
-def test_native_program_that_cannot_be_built_says_why(monkeypatch, tmp_path):
-    monkeypatch.setenv("CUDACXX", str(tmp_path / "no-nvcc"))
-    with pytest.raises(heuristic.Unavailable, match="no-nvcc"):
-        list(heuristic.run([(1, 16, 16, 2, 2)]))
+def test_every_benchmark_is_found():
+    assert list(BENCHMARKS)[:2] == ["ceilings", "gemm"]
+    assert {"peers", "mlp", "quantize", "weight_only", "host", "accuracy"} <= BENCHMARKS.keys()
+    assert "heuristic" not in BENCHMARKS and "torch_peers" not in BENCHMARKS
 
 
-@pytest.mark.gpu
-def test_cublaslt_from_cpp():
-    try:
-        heuristic.find_nvcc()
-    except heuristic.Unavailable as error:
-        pytest.skip(str(error))
-    (row,) = heuristic.run([(16, 256, 512, 4, 2)])
-    assert 0 < row["cpp_best"]["us"] <= row["cpp_first"]["us"]
+# --- Tables and pictures --------------------------------------------------------------------------
 
 
-def test_accuracy_runs(tmp_path):
-    assert program.main(["accuracy", "--shapes", "smoke", "--out", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("*-accuracy.json")
-    rows = results.read(path)["rows"]
-    assert {(row["k"], row["data"]) for row in rows} == {
-        (k, data) for k in accuracy.K["smoke"] for data in accuracy.DATA
-    }
-    # The additions of K float32 values.
-    assert all(0 < row["rms_error_over_rms"] < row["k"] * 2.0**-24 for row in rows)
-    assert path.with_suffix(".png").read_bytes().startswith(PNG)
+def test_table_shows_what_is_absent_as_a_dash():
+    times = {"bf16": 200.0, "fp8": 100.0, "cpp_best": 100.0, "fp8_row": None}
+    rows = [
+        {"m": m, "n": n, "k": k, "variant": name, "us": us}
+        for m, n, k in gemm.SHAPES["all"]
+        for name, us in times.items()
+    ]
+    text = gemm.table(rows)
+    summary, times = (block.splitlines() for block in re.findall(r"(?:^\|.*\n?)+", text, re.M)[:2])
+    header, line = ([cell.strip() for cell in at.split("|")] for at in (summary[0], summary[2]))
+    cells = dict(zip(header, line, strict=True))
+    assert cells["N x K"] == "4096 x 4096"
+    assert cells["M = 1"] == "2.00 / -" and cells["M = 16"] == "-"
+    header, line = ([cell.strip() for cell in at.split("|")] for at in (times[0], times[2]))
+    cells = dict(zip(header, line, strict=True))
+    assert cells["M"] == "1" and cells["FP8"] == "100" and cells["FP8, row scales"] == "-"
+    assert cells["of best"] == "1.00" and cells["of best, row scales"] == "-"
+    assert tables.number(None) == "-" and tables.number(1234.5) == "1234"
 
 
-@pytest.mark.parametrize("name", program.BENCHMARKS)
+ROOFLINE = {
+    "ceilings": {
+        "environment": {"device": "Made Up"},
+        "rows": [
+            {"variant": "copy", "gb_per_s": 4000.0},
+            {"variant": "fp8", "tflop_per_s": 1400.0},
+            {"variant": "bf16", "error": "gone"},
+        ],
+    },
+    "gemm": {
+        "rows": [
+            {"variant": "fp8", "gb_per_s": 1000.0, "tflop_per_s": 1200.0},
+            {"variant": "cpp_best", "gb_per_s": 1200.0, "tflop_per_s": 1500.0},
+            {"variant": "bf16", "gb_per_s": 2000.0, "tflop_per_s": 700.0},
+            {"variant": "naive", "gb_per_s": 1.0, "tflop_per_s": 1.0},
+            {"variant": "fp8", "gb_per_s": None, "error": "gone"},
+        ]
+    },
+    "quantize": {
+        "rows": [{"variant": "row", "gb_per_s": 3000.0}, {"variant": "copy", "gb_per_s": 3200.0}]
+    },
+}
+
+
+def test_share_of_the_ceilings():
+    limits = roofline.ceilings(ROOFLINE)
+    assert limits == {"copy": 4000.0, "fp8": 1500.0}
+    points = {point.kernel: point for point in roofline.points(ROOFLINE)}
+    assert list(points) == ["gemm fp8", "gemm cpp_best", "gemm bf16", "quantize row"]
+    assert [roofline.share(p, limits) for p in points.values()] == [0.8, 1.0, 0.5, 0.75]
+    assert points["gemm fp8"].intensity == 1200.0
+
+
+def test_picture_of_the_roofline(tmp_path):
+    path = plots.draw_roofline(ROOFLINE, tmp_path / "roofline.png")
+    assert path.read_bytes().startswith(PNG)
+    assert plots.draw_roofline({"gemm": ROOFLINE["gemm"]}, path) is None
+    assert plots.draw({"name": "else"}, path) is None
+
+
+# --- The README -----------------------------------------------------------------------------------
+
+README = program.ROOT / "README.md"
+MARKED = re.findall(r"<!-- begin (\w+) -->", README.read_text()) if README.exists() else []
+
+
+def test_the_readme_has_tables():
+    assert MARKED
+
+
+@pytest.mark.parametrize("name", MARKED)
 def test_the_tables_of_the_readme_are_those_of_the_results(name, tmp_path):
-    (path,) = results.FOLDER.glob(f"*-{name}.json")
-    readme = program.ROOT / "README.md"
+    (path,) = results.FOLDER.glob(f"*-{name}.md")
     again = tmp_path / "README.md"
-    again.write_text(readme.read_text())
-    results.into_readme(name, program.BENCHMARKS[name].table(results.read(path)["rows"]), again)
-    assert again.read_text() == readme.read_text()
+    again.write_text(README.read_text())
+    results.into_readme(name, path.read_text(), again)
+    assert again.read_text() == README.read_text()
+
+
+@pytest.mark.parametrize("path", sorted(results.FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_the_tables_of_the_results_are_those_of_their_rows(path):
+    found = results.read(path)
+    if found.get("format") != results.FORMAT:
+        pytest.skip("measured before the tables took their form")
+    table = BENCHMARKS[found["name"]].table(found["rows"])
+    assert path.with_suffix(".md").read_text() == f"{table}\n"
 
 
 def test_a_readme_without_marks_is_refused(tmp_path):

@@ -1,0 +1,208 @@
+"""Targets and regressions, on results that are made up."""
+
+import json
+import pathlib
+import sys
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
+
+from benchmarks import __main__ as program
+from benchmarks import (
+    accuracy,
+    compare,
+    gemm,
+    mlp,
+    peers,
+    registry,
+    results,
+    targets,
+    weight_only,
+)
+
+BENCHMARKS = registry.benchmarks()
+
+
+# --- Targets --------------------------------------------------------------------------------------
+
+
+def rows_of(key, problem, **times):
+    return [
+        {**dict(zip(key, problem, strict=True)), "variant": name, **({"us": us} if us else {})}
+        for name, us in times.items()
+    ]
+
+
+def made_up(name, **changed):
+    """Results that meet every target, but for the times of the variants given."""
+    module, rows = BENCHMARKS[name], []
+    if name == "gemm":
+        for problem in gemm.SHAPES["all"]:
+            times = dict(bf16=200.0, fp8=100.0, fp8_row=101.0, cpp_best=100.0, cpp_row_best=101.0)
+            rows += rows_of(module.KEYS, problem, **{**times, **changed})
+    elif name == "quantize":
+        for shape in BENCHMARKS["quantize"].SHAPES["all"]:
+            times = dict(copy=2.5, tensor=2.8, row=2.1, tensor_static=2.0)
+            rows += rows_of(module.KEYS, shape, **{**times, **changed})
+    elif name == "peers":
+        for problem in peers.SHAPES["all"]:
+            times = dict(bf16=5e3, row=1010.0, tensor=1005.0, bare_row=1000.0, bare_tensor=1000.0)
+            times |= dict(xla_raw=1500.0, torch_row=1100.0)
+            rows += rows_of(module.KEYS, problem, **{**times, **changed})
+    elif name == "mlp":
+        for m in mlp.SHAPES["all"]:
+            times = dict(bf16=100.0, rowwise=50.0, static=50.0)
+            some = rows_of(module.KEYS, (m,), **{**times, **changed})
+            rows += [{**row, "weights_bytes": 176.2e6} for row in some]
+    elif name == "weight_only":
+        for n, k in weight_only.LAYERS["all"]:
+            us = 1.1e6 * n * k / targets.COPY_BYTES_PER_S
+            rows += rows_of(module.KEYS, (1, n, k), **{"weight_only": us, **changed})
+    else:
+        for variant in ("bf16", "tensorwise", "rowwise"):
+            row = {"n": 64, "variant": variant, "host_us": 0.1, "handler_calls": 0}
+            rows.append({**row, **changed} if variant == "rowwise" else row)
+    return {
+        "name": name,
+        "format": results.FORMAT,
+        "environment": {"device": "Made Up"},
+        "rows": rows,
+    }
+
+
+def missed(name, **changed):
+    verdicts = targets.check(made_up(name, **changed), BENCHMARKS[name].KEYS)
+    assert verdicts
+    return [str(verdict) for verdict in verdicts if not verdict.passed]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in targets.CHECKS if name not in ("compile", "fused")]
+)
+def test_targets_met(name):
+    assert missed(name) == []
+
+
+@pytest.mark.parametrize("ours, passed", [(700.0, True), (701.0, False), (None, False)])
+def test_target_of_the_compilation(ours, passed):
+    times = {"bf16": 200.0, "matmul": ours}
+    rows = [
+        {"m": 1, "n": 2, "k": 3, "variant": name, "until_first_ms": ms}
+        for name, ms in times.items()
+    ]
+    (verdict,) = targets.check({"name": "compile", "rows": rows}, ("m", "n", "k"))
+    assert verdict.passed is passed
+
+
+@pytest.mark.parametrize(
+    "name, changed, count",
+    [
+        ("gemm", {"fp8": 103.5}, len(gemm.SHAPES["all"])),
+        ("gemm", {"fp8_row": 105.0}, sum(p[0] > 64 for p in gemm.SHAPES["all"])),
+        (
+            "gemm",
+            {"fp8_row": 121.0, "cpp_row_best": 121.0},
+            sum(p[0] <= 64 for p in gemm.FIRST) + 4,
+        ),
+        ("gemm", {"cpp_best": None}, len(gemm.SHAPES["all"])),
+        ("quantize", {"tensor": 3.3}, 2 + 4),
+        ("quantize", {"tensor": 2.9}, 2),
+        ("quantize", {"row": 2.21}, 4),
+        ("peers", {"row": 1045.0}, 1),
+        ("peers", {"row": 1501.0, "bare_row": 1500.0}, len(peers.SHAPES["all"])),
+        ("peers", {"tensor": 1300.0}, 3),
+        ("peers", {"torch_row": 1009.0}, len(peers.SHAPES["all"])),
+        ("mlp", {"rowwise": 56.0}, 4),
+        ("mlp", {"static": 54.0}, 1),
+        ("mlp", {"rowwise": 58.1, "bf16": 200.0}, 2),
+        ("weight_only", {"weight_only": 40.0}, 2),
+        ("host", {"handler_calls": 1}, 1),
+        ("host", {"host_us": 0.7}, 1),
+    ],
+)
+def test_targets_missed(name, changed, count):
+    assert len(missed(name, **changed)) == count
+
+
+def test_targets_of_the_fused_producers():
+    def over(producer, name, nbytes, us, rows=2048):
+        row = {"producer": producer, "rows": rows, "columns": 4096, "variant": name, "us": us}
+        row["gb_per_s"] = 1e-3 * nbytes / us
+        verdicts = targets.check({"name": "fused", "rows": [row]}, ("producer", "rows", "columns"))
+        return {v.what.split(", ")[1]: v.figure for v in verdicts}
+
+    elements = 2048 * 4096
+    copy_us = 1e6 * 3 * elements / targets.COPY_BYTES_PER_S
+    assert over("rms_norm", "row", 3 * elements, copy_us + 2)["row"] == pytest.approx(1)
+    assert over("rms_norm", "row", 3 * elements, copy_us + 2)["tensor"] is None
+    assert over("rms_norm", "tensor", 3 * elements, 5 / 3 * copy_us + 2)["tensor"] == pytest.approx(
+        1
+    )
+    assert over("swiglu", "tensor", 5 * elements, 3 * copy_us + 2)["tensor"] == pytest.approx(1)
+    assert over("rms_norm", "row", 3 * elements, 1.0, rows=16) == {}
+
+
+def test_the_check_speaks_and_tells_by_its_exit_code(tmp_path, capsys):
+    path = tmp_path / "gemm.json"
+    path.write_text(json.dumps(made_up("gemm")))
+    assert program.main(["check", str(path)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("PASS  gemm 1 x 4096 x 4096, tensor") and "1.000 (at most" in said[0]
+    (tmp_path / "mlp.json").write_text(json.dumps(made_up("mlp", rowwise=1e3)))
+    before = path.read_text()
+    assert program.main(["check", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert said.count("MISS  ") == 7 and "bf16 over rowwise: 0.100 (at least 1.82)" in said
+    assert path.read_text() == before
+
+
+def test_a_figure_that_is_missing_is_a_miss():
+    verdict = targets.Verdict("it", None, 1.0)
+    assert str(verdict) == "MISS  it: no figure (at most 1)"
+    assert not targets.Verdict("it", None, 0.0, at_most=False).passed
+    nothing = {"name": "mlp", "environment": {}, "rows": []}
+    assert [str(v)[:4] for v in targets.check(nothing, mlp.KEYS)] == ["MISS"] * 8
+    assert targets.check({**nothing, "name": "accuracy"}, accuracy.KEYS) == []
+
+
+# --- Comparing ------------------------------------------------------------------------------------
+
+
+def test_compare_lists_what_is_slower(tmp_path, capsys):
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder, changed in ((old, {}), (new, {"fp8": 110.0})):
+        folder.mkdir()
+        (folder / "a-gemm.json").write_text(json.dumps(made_up("gemm", **changed)))
+        (folder / "a-mlp.json").write_text(json.dumps(made_up("mlp")))
+    count = len(gemm.SHAPES["all"])
+    assert program.main(["compare", str(old), str(new)]) == 1
+    said = capsys.readouterr().out
+    assert said.count("0.5 -> 0.55 (1.100x)") == count
+    assert f"{count} regressions among" in said
+    assert program.main(["compare", str(old), str(new), "--tolerance", "0.11"]) == 0
+    assert program.main(["compare", str(new), str(old)]) == 0
+    assert program.main(["compare", str(old / "a-gemm.json"), str(new / "a-mlp.json")]) == 2
+
+
+def test_compare_is_of_ratios_to_the_reference():
+    twice = made_up("gemm")
+    for row in twice["rows"]:
+        row["us"] *= 2
+    found = compare.changes(made_up("gemm"), twice, gemm)
+    assert found and {change.ratio for change in found} == {1.0}
+    # Where the reference is missing in one of them, times are compared as they are.
+    less = {**twice, "rows": [row for row in twice["rows"] if row["variant"] != "bf16"]}
+    assert {c.ratio for c in compare.changes(made_up("gemm"), less, gemm)} == {2.0}
+
+
+def test_compare_tells_what_is_lost_and_what_it_cannot_compare():
+    new = made_up("mlp", static=None)
+    assert len(compare.lost(made_up("mlp"), new, mlp)) == len(mlp.SHAPES["all"])
+    assert compare.lost(new, made_up("mlp"), mlp) == []
+    with pytest.raises(ValueError, match="the name differs: 'mlp' and 'gemm'"):
+        compare.changes(new, made_up("gemm"), mlp)
+    with pytest.raises(ValueError, match="the format differs"):
+        compare.changes(new, {**new, "format": 1}, mlp)
