@@ -10,6 +10,7 @@
 #include "ffi/handlers.h"
 #include "ffi/journal.h"
 #include "ffi/naive.h"
+#include "ffi/small_m.h"
 
 namespace jax_fp8 {
 namespace {
@@ -194,6 +195,20 @@ xffi::Error run_on_cuda(Stage stage, cudaStream_t stream, int32_t ordinal, const
     }
     // Without sums there is no product to give to cublasLt; the naive kernel writes the bias.
     const bool empty = p.k == 0;
+    const auto clear_amax = [&] {
+      return p.amax == nullptr ? cudaSuccess : cudaMemsetAsync(p.amax, 0, sizeof(float), stream);
+    };
+    if (!empty && (a.implementation == "small_m" || any)) {
+      const std::string reason = small_m_refusal(p, call.capability);
+      if (!reason.empty() && !any) return refuse(a, reason);
+      if (reason.empty() && (!any || small_m_wins(p, call.capability))) {
+        if (!execute) return xffi::Error::Success();
+        const cudaError_t error = clear_amax();
+        if (error != cudaSuccess) return from_cuda(kName, error);
+        note_product(p, "cuda", "small_m");
+        return from_cuda(kName, small_m_matmul(p, stream));
+      }
+    }
     const bool try_cublaslt = any && call.capability >= 89 && !p.x.wide();
     if (!empty && (a.implementation == "cublaslt" || try_cublaslt)) {
       lt::Ran ran;
@@ -210,10 +225,8 @@ xffi::Error run_on_cuda(Stage stage, cudaStream_t stream, int32_t ordinal, const
       if (!any) return refuse(a, result.reason);
     }
     if (!execute) return xffi::Error::Success();
-    if (p.amax != nullptr) {
-      const cudaError_t error = cudaMemsetAsync(p.amax, 0, sizeof(float), stream);
-      if (error != cudaSuccess) return from_cuda(kName, error);
-    }
+    const cudaError_t error = clear_amax();
+    if (error != cudaSuccess) return from_cuda(kName, error);
     const std::string cannot_decode = decode_refusal(p, call.capability);
     if (empty || a.implementation == "naive" || (any && !cannot_decode.empty())) {
       note_product(p, "cuda", "naive");

@@ -21,6 +21,7 @@ import jax_fp8
 # Vector loads and whole tiles with edges; single elements and nothing but edges.
 QUANTIZE_SHAPES = ((2, 130, 264), (2, 3, 131))
 PRODUCT_SHAPES = ((130, 136, 272), (33, 21, 45))  # M, N, K
+SMALL_M_SHAPES = ((1, 136, 272), (16, 40, 1040), (20, 21, 16), (64, 50, 144))
 GRANULARITIES = (("tensor", "tensor"), ("row", "row"), ("tensor", "row"), ref.BLOCKS)
 BIASES = (None, ref.BF16, ref.F32, ref.F16)
 ACTIVATIONS = (None, "relu", "gelu")
@@ -29,7 +30,9 @@ rng = np.random.default_rng(0)
 
 
 def implementations():
-    return ("cublaslt", "decode", "naive") if jax.default_backend() == "gpu" else ("naive",)
+    return (
+        ("cublaslt", "small_m", "decode", "naive") if jax.default_backend() == "gpu" else ("naive",)
+    )
 
 
 # --- quantize -------------------------------------------------------------------------------------
@@ -85,7 +88,10 @@ def variants_of(implementation, pair):
     if implementation == "cublaslt" and pair == (ref.E5M2, ref.E5M2):
         return
     epilogues = itertools.cycle(itertools.product(BIASES, ACTIVATIONS))
-    for shape, granularities in itertools.product(PRODUCT_SHAPES, GRANULARITIES):
+    shapes = SMALL_M_SHAPES if implementation == "small_m" else PRODUCT_SHAPES
+    for shape, granularities in itertools.product(shapes, GRANULARITIES):
+        if implementation == "small_m" and granularities == ref.BLOCKS:
+            continue
         # Any codes of E5M2 would leave the range of float16.
         outs = [out for out in (*ref.WIDE, *ref.FP8) if out != ref.F16 or ref.E5M2 not in pair]
         for out in outs:
@@ -145,7 +151,7 @@ def check_edges(implementation):
     def full(shape, scale):
         return scaled(np.full(shape, 448, ref.E4M3), np.full((1, 1), scale, np.float32), "tensor")
 
-    batch_x, batch_w = operand((3, 5, 40), ref.E4M3, "row"), operand((3, 24, 40), ref.E4M3, "row")
+    batch_x, batch_w = operand((3, 5, 48), ref.E4M3, "row"), operand((3, 24, 48), ref.E4M3, "row")
     fp8 = {"preferred_element_type": ref.E4M3, "output_scale": 1.0, "return_amax": True}
 
     @jax.jit

@@ -178,7 +178,7 @@ def test_cublaslt_has_no_product_of_e5m2_with_e5m2(rng):
     refuses(NotImplementedError, message, x, w, implementation="cublaslt")
 
 
-@pytest.mark.parametrize("named", ["cublaslt", "decode"])
+@pytest.mark.parametrize("named", ["cublaslt", "small_m", "decode"])
 def test_what_the_cpu_has_not_is_refused_when_it_runs(x, w, named):
     if jax.default_backend() != "cpu":
         pytest.skip("the GPU has it")

@@ -202,7 +202,7 @@ def test_what_cublaslt_has_not_is_decoded(rng):
     assert multiply_and_plan(x, w)[1]["implementation"] == "decode"
 
 
-@pytest.mark.parametrize("implementation", ["cublaslt", "decode", "naive"])
+@pytest.mark.parametrize("implementation", ["cublaslt", "small_m", "decode", "naive"])
 def test_a_named_implementation_is_the_one_that_runs(rng, implementation):
     x, w = operand(rng, (4, 32)), operand(rng, (8, 32))
     _, plan = multiply_and_plan(x, w, implementation=implementation)

@@ -81,11 +81,13 @@ def choose(
             "'decode' runs by name",
         )
     else:
-        rows = "inside the GEMM" if 90 <= capability < 100 else "by a second kernel after the GEMM"
+        hopper = 90 <= capability < 100
+        rows = "inside the GEMM" if hopper else "by a second kernel after the GEMM"
         product = _choice(
             "cublaslt",
             f"FP8 tensor cores; row scales are applied {rows}",
-            "'decode' for what cublasLt does not take: block scales, E5M2 by E5M2, unaligned data",
+            "'decode' for what cublasLt does not take: block scales, E5M2 by E5M2, unaligned data"
+            + ("; 'small_m' for M <= 64 where it is faster: with row scales" if hopper else ""),
         )
     return {"scaled_matmul": product, "quantize": quantize}
 

@@ -26,7 +26,7 @@ from jax_fp8._src.scaled_array import (
     scale_shape,
 )
 
-IMPLEMENTATIONS = (None, "cublaslt", "decode", "naive", "xla")
+IMPLEMENTATIONS = (None, "cublaslt", "small_m", "decode", "naive", "xla")
 ACTIVATIONS = (None, "relu", "gelu")
 _FAST = {
     None: True,
@@ -279,16 +279,22 @@ def _check_bias(op: str, bias: Any, n: int) -> jax.Array:
 
 def _check_supported(op: str, config: CallConfig, x: ScaledArray, w: ScaledArray) -> None:
     """Refuses what a named implementation cannot do whatever the device."""
-    if config.implementation != "cublaslt":
+    named = config.implementation
+    if named not in ("cublaslt", "small_m"):
         return
     reason = None
-    if x.dtype not in FP8_DTYPES:
+    blocks = isinstance(config.x_granularity, tuple) or isinstance(config.w_granularity, tuple)
+    if named == "cublaslt" and x.dtype not in FP8_DTYPES:
         reason = "cublasLt has no product of 16-bit by FP8 values"
-    elif x.dtype == w.dtype == jnp.float8_e5m2:
+    elif named == "cublaslt" and x.dtype == w.dtype == jnp.float8_e5m2:
         reason = "cublasLt has no product of E5M2 with E5M2"
+    elif named == "small_m" and blocks:
+        reason = "it has no block scales"
+    elif named == "small_m" and x.shape[-1] % 16:
+        reason = "it reads K in steps of 16"
     if reason:
         raise NotImplementedError(
-            f"{op}: implementation 'cublaslt' cannot multiply x {x.dtype.name}{x.shape} with"
+            f"{op}: implementation {named!r} cannot multiply x {x.dtype.name}{x.shape} with"
             f" granularity {x.granularity!r} by w {w.dtype.name}{w.shape} with granularity"
             f" {w.granularity!r}: {reason}"
         )
@@ -394,8 +400,10 @@ def scaled_matmul(
         ``s``. Needed for an FP8 result and for no other.
       return_amax: also return the amax of an FP8 result before it is divided and rounded. An
         infinite sum may leave it not finite even where relu made a finite value of that.
-      implementation: ``"cublaslt"``, ``"decode"`` (16-bit tensor cores), ``"naive"``, ``"xla"``,
-        or None for the best that the device and the shapes support. A named one runs or raises.
+      implementation: ``"cublaslt"``, ``"small_m"`` (for M <= 64 and K % 16 == 0, from compute
+        capability 9.0 on; reads ``w`` once), ``"decode"`` (16-bit tensor cores), ``"naive"``,
+        ``"xla"``, or None for the best that the device and the shapes support. A named one runs
+        or raises.
 
     Returns:
       ``(..., M, N)`` of ``preferred_element_type``, a ScaledArray (granularity ``"tensor"``) for

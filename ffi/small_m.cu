@@ -1,0 +1,516 @@
+#include <cuda.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "ffi/finish.h"
+#include "ffi/small_m.h"
+
+namespace jax_fp8 {
+namespace {
+
+constexpr int kMaxM = 64;
+constexpr int kMaxStages = 8;
+
+// --- Copies into shared memory, and the barriers that they arrive at
+// ------------------------------
+
+#if __CUDA_ARCH__ >= 900
+__device__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ void init_barrier(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(arrivals)
+               : "memory");
+}
+
+__device__ void expect_bytes(uint64_t* barrier, int bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+
+// Arrives when the copies that this thread has made so far are complete.
+__device__ void arrive_after_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+}
+
+__device__ void wait_for(uint64_t* barrier, int phase) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(shared_address(barrier)),
+      "r"(phase)
+      : "memory");
+}
+
+// Orders what threads did in shared memory before the box copies that follow a barrier.
+__device__ void fence_boxes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ void copy_box(void* target, const CUtensorMap& map, int column, int row, int batch,
+                         uint64_t* barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(target)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(batch), "l"(policy)
+      : "memory");
+}
+
+// 16 bytes, or as many zeros.
+__device__ void copy_async(void* target, const uint8_t* source, bool exists, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(
+                   shared_address(target)),
+               "l"(source), "r"(exists ? 16 : 0), "l"(policy)
+               : "memory");
+}
+
+__device__ uint64_t policy_read_once() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ uint64_t policy_read_often() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0;" : "=l"(policy));
+  return policy;
+}
+
+// --- Decoding and multiplying
+// ---------------------------------------------------------------------
+
+__device__ uint32_t word_of(const uint4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+// Four codes as two pairs of float16, which holds both formats exactly.
+__device__ uint2 decode_to_f16(uint32_t codes, Type type) {
+  if (type == Type::kE5M2) {  // The upper half of a float16.
+    return {__byte_perm(codes, 0, 0x1404), __byte_perm(codes, 0, 0x3424)};
+  }
+  uint2 pairs;
+  asm("{\n.reg .b16 low, high;\n"
+      "mov.b32 {low, high}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, low;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, high;\n}"
+      : "=r"(pairs.x), "=r"(pairs.y)
+      : "r"(codes));
+  return pairs;
+}
+
+// Exact for what comes of a code: a bfloat16 is the upper half of a float.
+__device__ uint32_t f16_to_bf16(uint32_t pair) {
+  const float2 wide = __half22float2(reinterpret_cast<const __half2&>(pair));
+  return __byte_perm(float_bits(wide.x), float_bits(wide.y), 0x7632);
+}
+
+template <Type mma>
+__device__ uint2 decode_to(uint32_t codes, Type type) {
+  const uint2 pairs = decode_to_f16(codes, type);
+  if constexpr (mma == Type::kF16) return pairs;
+  return {f16_to_bf16(pairs.x), f16_to_bf16(pairs.y)};
+}
+
+template <Type mma>
+__device__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint2 b) {
+  if constexpr (mma == Type::kBF16) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
+        " {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
+        " {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
+  }
+}
+#endif
+
+// --- The kernel
+// -----------------------------------------------------------------------------------
+
+// A block goes through tiles of 16 * rows rows of W by 8 * tokens rows of X. Its warps take turns
+// in chunks of K, of which each has a ring of slots of its own; their sums meet at the end of the
+// tile.
+//
+// A slot holds 128 bytes of each row, then the next 128 bytes. Of those, the 16 bytes at column i
+// of row r lie at column i ^ (r % 8), as box copies can lay them and no reader meets a bank twice.
+template <Type x_type, int warps, int rows, int tokens, int chunk, bool boxes>
+struct Shape {
+  static constexpr Type kXType = x_type;  // kE4M3 stands for both FP8 formats.
+  static constexpr int kXWidth = kXType == Type::kE4M3 ? 1 : 2;
+  static constexpr int kWarps = warps, kThreads = 32 * warps;
+  static constexpr int kRows = rows, kTokens = tokens, kTileRows = 16 * rows;
+  static constexpr int kChunk = chunk, kParts = chunk / 128, kXParts = kParts * kXWidth;
+  static constexpr int kPart = 128 * kTileRows, kXPart = 128 * 8 * kTokens;
+  static constexpr int kSlot = kParts * kPart, kXSlot = kXParts * kXPart;
+  // One thread copies boxes, or all threads 16 bytes each, which is faster where X is small.
+  static constexpr bool kBoxes = boxes;
+  // Fragments of rows whose sums fit into a slot.
+  static constexpr int kFit = kSlot / (512 * kTokens), kPass = kFit < kRows ? kFit : kRows;
+  static_assert(kPass > 0 && kChunk % 128 == 0);
+};
+
+struct Plan {
+  int block_rows;  // Rows of W of a block.
+  int stages;      // Slots of a ring.
+  int x_slots;     // The same, or enough for all of a warp's K:
+  bool x_stays;    // X is copied once and not for each tile.
+};
+
+// `e4m3`: all that is FP8 is E4M3. Else each decoding asks for the format, which takes time.
+template <class S, bool e4m3>
+__global__ void __launch_bounds__(S::kThreads)
+    small_m_kernel(Product p, Plan plan, const __grid_constant__ CUtensorMap w_map,
+                   const __grid_constant__ CUtensorMap x_map) {
+#if __CUDA_ARCH__ >= 900
+  constexpr Type mma = S::kXType == Type::kBF16 ? Type::kBF16 : Type::kF16;
+  extern __shared__ uint8_t unaligned_memory[];
+  __shared__ uint64_t barriers[S::kWarps][kMaxStages];
+  __shared__ float x_scales[8 * S::kTokens], w_scales[S::kTileRows], biases[S::kTileRows];
+
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  const int b = static_cast<int>(blockIdx.y);
+  const int row_begin = static_cast<int>(blockIdx.x) * plan.block_rows;
+  const int rows = min(plan.block_rows, static_cast<int>(p.n) - row_begin);
+  const int k_size = static_cast<int>(p.k), m_size = static_cast<int>(p.m);
+  const int first_k = warp * S::kChunk;
+  constexpr int round_k = S::kWarps * S::kChunk;
+  const int rounds = (k_size + round_k - 1) / round_k;
+  const Type w_type = e4m3 ? Type::kE4M3 : p.w.type;
+  const Type x_type = e4m3 ? Type::kE4M3 : p.x.type;
+
+  uint8_t* const memory =
+      unaligned_memory + (1024 - shared_address(unaligned_memory) % 1024) % 1024;
+  uint8_t* const w_ring = memory + warp * plan.stages * S::kSlot;
+  uint8_t* const x_ring =
+      memory + S::kWarps * plan.stages * S::kSlot + warp * plan.x_slots * S::kXSlot;
+  uint64_t* const full = barriers[warp];
+  if (lane < plan.stages) init_barrier(full + lane, S::kBoxes ? 1 : 32);
+  if (S::kBoxes) fence_boxes();
+  __syncwarp();
+
+  const uint64_t w_policy = policy_read_once(), x_policy = policy_read_often();
+  // What a lane copies where there are no boxes: 16 bytes of every fourth row.
+  const int copy_row = lane / 8, copy_column = lane % 8;
+  const int copy_offsets[2] = {copy_row * 128 + (copy_column ^ copy_row) * 16,
+                               copy_row * 128 + (copy_column ^ (copy_row + 4)) * 16};
+  const uint8_t* w_source =
+      p.w.data + (int64_t{b} * p.n + row_begin + copy_row) * p.k + first_k + copy_column * 16;
+  const uint8_t* x_source =
+      p.x.data + ((int64_t{b} * p.m + copy_row) * p.k + first_k) * S::kXWidth + copy_column * 16;
+
+  int fetch_tile = 0, fetch_round = 0, fetch_stage = 0;
+  const auto fetch = [&] {
+    if (fetch_tile >= rows) return;
+    const int k = first_k + fetch_round * round_k;
+    const bool with_x = !plan.x_stays || fetch_tile == 0;
+    uint64_t* const barrier = full + fetch_stage;
+    uint8_t* const slot = w_ring + fetch_stage * S::kSlot;
+    uint8_t* const x_slot = x_ring + (plan.x_stays ? fetch_round : fetch_stage) * S::kXSlot;
+    if constexpr (S::kBoxes) {
+      if (lane == 0) {
+        const bool in_k = k < k_size;
+        expect_bytes(barrier, in_k ? S::kSlot + (with_x ? S::kXSlot : 0) : 0);
+        for (int i = 0; i < S::kParts && in_k; ++i) {
+          copy_box(slot + i * S::kPart, w_map, k + i * 128, row_begin + fetch_tile, b, barrier,
+                   w_policy);
+        }
+        for (int i = 0; i < S::kXParts && in_k && with_x; ++i) {
+          copy_box(x_slot + i * S::kXPart, x_map, k * S::kXWidth + i * 128, 0, b, barrier,
+                   x_policy);
+        }
+      }
+      __syncwarp();
+    } else {
+#pragma unroll
+      for (int part = 0; part < S::kParts; ++part) {
+        const bool in_k = k + part * 128 + copy_column * 16 < k_size;
+#pragma unroll
+        for (int i = 0; i < S::kTileRows / 4; ++i) {
+          copy_async(slot + part * S::kPart + i * 512 + copy_offsets[i % 2],
+                     w_source + part * 128 + i * 4 * p.k,
+                     in_k && fetch_tile + copy_row + i * 4 < rows, w_policy);
+        }
+      }
+#pragma unroll
+      for (int part = 0; part < S::kXParts && with_x; ++part) {
+        const bool in_k = (k - k_size) * S::kXWidth + part * 128 + copy_column * 16 < 0;
+#pragma unroll
+        for (int i = 0; i < 2 * S::kTokens; ++i) {
+          if (i * 4 >= m_size) break;
+          copy_async(x_slot + part * S::kXPart + i * 512 + copy_offsets[i % 2],
+                     x_source + part * 128 + i * 4 * p.k * S::kXWidth,
+                     in_k && copy_row + i * 4 < m_size, x_policy);
+        }
+      }
+      arrive_after_copies(barrier);
+      w_source += round_k;
+      x_source += round_k * S::kXWidth;
+    }
+    fetch_stage = fetch_stage + 1 == plan.stages ? 0 : fetch_stage + 1;
+    if (++fetch_round == rounds) {
+      fetch_round = 0;
+      fetch_tile += S::kTileRows;
+      w_source += S::kTileRows * p.k - int64_t{rounds} * round_k;
+      x_source -= int64_t{rounds} * round_k * S::kXWidth;
+    }
+  };
+  for (int i = 0; i < plan.stages; ++i) fetch();
+  for (int m = thread; m < m_size; m += S::kThreads) x_scales[m] = p.x.scale_at(b, m, 0);
+
+  // Of the fragments of mma, a thread has row `group` and 32 of its codes, in two halves. Which
+  // codes stand for which k is free, as long as W and X agree. The halves change places in half of
+  // the threads, for the sake of the banks of a 16-bit X.
+  const int group = lane / 4, quad = lane % 4;
+  int offsets[2], x_offsets[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int half = i ^ (quad / 2);
+    offsets[i] = group * 128 + ((2 * quad + half) ^ group) * 16;
+    x_offsets[i] = S::kXWidth == 1 ? offsets[i]
+                                   : quad / 2 * S::kXPart + group * 128 +
+                                         ((4 * (quad % 2) + 2 * half) ^ group) * 16;
+  }
+
+  int stage = 0, phase = 0;
+  float largest = 0.0f;
+  for (int tile = 0; tile < rows; tile += S::kTileRows) {
+    // Loaded here, needed at the end of the tile.
+    float w_scale = 0.0f, bias = 0.0f;
+    if (thread < S::kTileRows && tile + thread < rows) {
+      const int64_t n = row_begin + tile + thread;
+      w_scale = p.w.scale_at(b, n, 0);
+      if (p.bias != nullptr) bias = load_as_float(p.bias, p.bias_type, n);
+    }
+    float sums[S::kRows][S::kTokens][4] = {};
+    uint8_t* slot = nullptr;
+    for (int round = 0; round < rounds; ++round) {
+      slot = w_ring + stage * S::kSlot;
+      const uint8_t* const x_slot = x_ring + (plan.x_stays ? round : stage) * S::kXSlot;
+      wait_for(full + stage, phase);
+      if (first_k + round * round_k < k_size) {
+#pragma unroll
+        for (int step = 0; step < 2 * S::kParts; ++step) {
+          const int part = step / 2, half = step % 2;
+          uint4 w_codes[2 * S::kRows], x_values[S::kTokens * S::kXWidth];
+#pragma unroll
+          for (int i = 0; i < 2 * S::kRows; ++i) {
+            w_codes[i] =
+                *reinterpret_cast<const uint4*>(slot + part * S::kPart + i * 1024 + offsets[half]);
+          }
+#pragma unroll
+          for (int i = 0; i < S::kTokens * S::kXWidth; ++i) {
+            x_values[i] = *reinterpret_cast<const uint4*>(
+                x_slot + part * S::kXWidth * S::kXPart + i / S::kXWidth * 1024 +
+                (x_offsets[half] ^ (i % S::kXWidth * 16)));
+          }
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            uint32_t a[S::kRows][4];
+#pragma unroll
+            for (int r = 0; r < S::kRows; ++r) {
+              const uint2 upper = decode_to<mma>(word_of(w_codes[2 * r], i), w_type);
+              const uint2 lower = decode_to<mma>(word_of(w_codes[2 * r + 1], i), w_type);
+              a[r][0] = upper.x, a[r][1] = lower.x, a[r][2] = upper.y, a[r][3] = lower.y;
+            }
+#pragma unroll
+            for (int t = 0; t < S::kTokens; ++t) {
+              uint2 values;
+              if constexpr (S::kXWidth == 1) {
+                values = decode_to_f16(word_of(x_values[t], i), x_type);
+              } else {
+                const uint4 v = x_values[2 * t + i / 2];
+                values = {word_of(v, i % 2 * 2), word_of(v, i % 2 * 2 + 1)};
+              }
+#pragma unroll
+              for (int r = 0; r < S::kRows; ++r) multiply_add<mma>(sums[r][t], a[r], values);
+            }
+          }
+        }
+      }
+      __syncwarp();
+      if (round + 1 < rounds) fetch();  // Into the slot that has been read.
+      if (++stage == plan.stages) {
+        stage = 0;
+        phase ^= 1;
+      }
+    }
+
+    if (thread < S::kTileRows) {
+      w_scales[thread] = w_scale;
+      biases[thread] = bias;
+    }
+    // The slot read last takes the sums of its warp; all warps are at the same stage.
+    auto* const own_sums = reinterpret_cast<float4*>(slot) + lane;
+    constexpr int kFloat4s = S::kSlot / sizeof(float4);
+    const float4* const first_sums = own_sums - warp * plan.stages * kFloat4s;
+#pragma unroll
+    for (int pass = 0; pass < S::kRows; pass += S::kPass) {
+      if (pass > 0) __syncthreads();
+#pragma unroll
+      for (int r = 0; r < S::kPass && pass + r < S::kRows; ++r) {
+#pragma unroll
+        for (int t = 0; t < S::kTokens; ++t) {
+          const float (&c)[4] = sums[pass + r][t];
+          own_sums[(r * S::kTokens + t) * 32] = make_float4(c[0], c[1], c[2], c[3]);
+        }
+      }
+      __syncthreads();
+      const int fragments = min(S::kPass, S::kRows - pass) * S::kTokens;
+      for (int f = warp; f < fragments; f += S::kWarps) {
+        float total[4] = {};
+#pragma unroll
+        for (int i = 0; i < S::kWarps; ++i) {
+          const float4 sum = first_sums[i * plan.stages * kFloat4s + f * 32];
+          total[0] += sum.x, total[1] += sum.y, total[2] += sum.z, total[3] += sum.w;
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = (pass + f / S::kTokens) * 16 + group + i / 2 * 8;
+          const int m = f % S::kTokens * 8 + quad * 2 + i % 2;
+          if (m >= m_size || tile + row >= rows) continue;
+          float value = apply_scales(total[i], x_scales[m], w_scales[row]);
+          if (p.bias != nullptr) value += biases[row];
+          value = activate(p.activation, value);
+          store(p, value, (int64_t{b} * m_size + m) * p.n + row_begin + tile + row);
+          largest = bits_float(max(float_bits(largest), float_bits(fabsf(value))));
+        }
+      }
+    }
+    if (S::kBoxes) fence_boxes();
+    __syncthreads();  // Before the slot is filled again.
+    fetch();
+  }
+  if (p.amax != nullptr) amax_to_memory(p.amax, largest);
+#endif
+}
+
+// --- The launch
+// -----------------------------------------------------------------------------------
+
+// Describes (batch, rows, columns) bytes for copies of boxes of 128 columns; zeros lie outside.
+cudaError_t describe_boxes(CUtensorMap* map, const void* data, int64_t columns, int64_t rows,
+                           int64_t batch, int box_rows) {
+  // By its address, as nothing here links the driver.
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
+                                     &found);
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  if (encode == nullptr) return cudaErrorCallRequiresNewerDriver;
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
+                              static_cast<cuuint64_t>(batch)};
+  const cuuint64_t strides[] = {sizes[0], sizes[0] * sizes[1]};
+  const cuuint32_t box[] = {128, static_cast<cuuint32_t>(box_rows), 1}, steps[] = {1, 1, 1};
+  const CUresult result =
+      encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void*>(data), sizes, strides, box,
+             steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+template <class S, bool e4m3>
+cudaError_t launch(const Product& p, cudaStream_t stream) {
+  const auto kernel = small_m_kernel<S, e4m3>;
+  int device = 0, processors = 0, memory = 0;
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess) return error;
+
+  // A block for each multiprocessor, with all of its shared memory.
+  const int64_t blocks = std::max<int64_t>(1, processors / p.batch);
+  constexpr int alignment = 1024;
+  const int budget = memory - alignment - static_cast<int>(attributes.sharedSizeBytes);
+  constexpr int w_slot = S::kWarps * S::kSlot, x_slot = S::kWarps * S::kXSlot;
+  const int64_t rounds = ceil_div(p.k, S::kWarps * S::kChunk);
+  Plan plan;
+  plan.block_rows = static_cast<int>(ceil_div(p.n, blocks));
+  plan.x_stays = budget - rounds * x_slot >= 2 * w_slot;
+  const int64_t stages =
+      plan.x_stays ? (budget - rounds * x_slot) / w_slot : budget / (w_slot + x_slot);
+  if (stages == 0) return cudaErrorInvalidConfiguration;
+  plan.stages = static_cast<int>(
+      std::min<int64_t>({stages, kMaxStages, rounds * ceil_div(plan.block_rows, S::kTileRows)}));
+  plan.x_slots = plan.x_stays ? static_cast<int>(rounds) : plan.stages;
+  const int bytes = alignment + plan.stages * w_slot + plan.x_slots * x_slot;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+
+  CUtensorMap w_map{}, x_map{};
+  if (S::kBoxes) {
+    error = describe_boxes(&w_map, p.w.data, p.k, p.n, p.batch, S::kTileRows);
+    if (error != cudaSuccess) return error;
+    error = describe_boxes(&x_map, p.x.data, p.k * S::kXWidth, p.m, p.batch, 8 * S::kTokens);
+    if (error != cudaSuccess) return error;
+  }
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.n, plan.block_rows)),
+                  static_cast<unsigned>(p.batch));
+  kernel<<<grid, S::kThreads, bytes, stream>>>(p, plan, w_map, x_map);
+  return cudaGetLastError();
+}
+
+// As measured on an H200: 16 warps are faster where they leave two slots each.
+template <Type x_type, bool e4m3>
+cudaError_t launch_for_m(const Product& p, cudaStream_t stream) {
+  constexpr bool wide = x_type != Type::kE4M3;
+  if (p.m <= 8) return launch<Shape<x_type, 8, 2, 1, 256, false>, e4m3>(p, stream);
+  if (p.m <= 16) return launch<Shape<x_type, wide ? 8 : 16, 2, 2, 128, true>, e4m3>(p, stream);
+  if (p.m <= 32) return launch<Shape<x_type, 8, 2, 4, 128, true>, e4m3>(p, stream);
+  return launch<Shape<x_type, wide ? 4 : 8, 2, 8, 128, true>, e4m3>(p, stream);
+}
+
+}  // namespace
+
+std::string small_m_refusal(const Product& p, int capability) {
+  if (capability < 90 || capability >= 120) {
+    return "it is made for the tensor copies and the 227 KiB of shared memory that compute"
+           " capability 9.0 to 11 have";
+  }
+  if (p.m > kMaxM) return "it takes M <= " + std::to_string(kMaxM);
+  if (p.k % 16 != 0) return "it reads K in steps of 16";
+  if (p.x.per_block() || p.w.per_block()) return "it takes no block scales";
+  if (p.k >= 1 << 30 || p.n >= 1 << 30 || p.batch > 65535) return "it counts N and K in 32 bits";
+  const auto address =
+      reinterpret_cast<uintptr_t>(p.x.data) | reinterpret_cast<uintptr_t>(p.w.data);
+  if (address % 16 != 0) return "an operand does not start at a multiple of 16 bytes";
+  return "";
+}
+
+bool small_m_wins(const Product& p, int capability) {
+  // Measured on Hopper, with weights of 16 MB and more.
+  if (capability / 10 != 9 || p.n * p.k < int64_t{1} << 20) return false;
+  if (!is_fp8(p.x.type) || (p.x.type == Type::kE5M2 && p.w.type == Type::kE5M2)) return true;
+  const bool row_scales = !p.x.per_tensor() || !p.w.per_tensor();
+  return row_scales && (p.m <= 16 || (p.m <= 32 && p.n <= 8192) || p.n <= 4096);
+}
+
+cudaError_t small_m_matmul(const Product& p, cudaStream_t stream) {
+  const bool e4m3 = p.w.type == Type::kE4M3 && p.x.type != Type::kE5M2;
+  const auto with_x = [&](auto all_e4m3) {
+    constexpr bool known = decltype(all_e4m3)::value;
+    if (p.x.type == Type::kBF16) return launch_for_m<Type::kBF16, known>(p, stream);
+    if (p.x.type == Type::kF16) return launch_for_m<Type::kF16, known>(p, stream);
+    return launch_for_m<Type::kE4M3, known>(p, stream);
+  };
+  return e4m3 ? with_x(std::true_type{}) : with_x(std::false_type{});
+}
+
+}  // namespace jax_fp8

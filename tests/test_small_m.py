@@ -1,0 +1,234 @@
+"""The kernel for few rows of X: all that it supports, by name, and when the default takes it."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references as ref
+from cases import PAIRS, codes, integers, operand, pair_id, scaled
+
+import jax_fp8
+
+SMALL_M = {"implementation": "small_m"}
+F32_OUT = {"preferred_element_type": jnp.float32, **SMALL_M}
+GRANULARITIES = list(itertools.product(("tensor", "row"), repeat=2))
+pairs = pytest.mark.parametrize("pair", PAIRS, ids=pair_id)
+granularities = pytest.mark.parametrize("granularities", GRANULARITIES, ids=pair_id)
+
+
+def check(x, w, **options):
+    """Holds a product of any data to its bound; the sums are always precise."""
+    got = jax_fp8.scaled_matmul(x, w, **{**F32_OUT, **options})
+    expected, magnitudes = ref.product(x, w)
+    ref.assert_close(got, expected, ref.random_error(magnitudes, x.shape[-1], fast=False))
+
+
+# --- Shapes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [*range(1, 18), 23, 24, 25, 31, 32, 33, 40, 63, 64])
+def test_every_number_of_rows(rng, m):
+    for n, k in ((300, 528), (17, 4096)):
+        check(operand(rng, (m, k), granularity="row"), operand(rng, (n, k), granularity="row"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 9, 32, 64])
+@pytest.mark.parametrize("k", [16, 32, 112, 128, 144, 1024, 1040, 2064, 16400])
+def test_every_end_of_k(rng, m, k):
+    check(operand(rng, (m, k)), operand(rng, (50, k), granularity="row"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 16, 30, 64])
+@pytest.mark.parametrize("n", [1, 7, 16, 129, 4099, 9001])
+def test_every_number_of_columns(rng, m, n):
+    x, w = integers(rng, (m, 256)), integers(rng, (n, 256), granularity="row")
+    got = jax_fp8.scaled_matmul(x, w, **F32_OUT)
+    np.testing.assert_array_equal(got, ref.product(x, w)[0].astype(np.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m, n, k", [(5, 640, 65536), (64, 100, 40000)], ids=str)
+def test_x_that_does_not_stay_on_the_chip(rng, m, n, k):
+    check(operand(rng, (m, k), granularity="row"), operand(rng, (n, k), granularity="row"))
+
+
+@pytest.mark.gpu
+@granularities
+@pytest.mark.parametrize("m", [1, 12, 20, 50])
+def test_batches(rng, m, granularities):
+    x = operand(rng, (3, m, 272), ref.E4M3, granularities[0])
+    w = operand(rng, (3, 90, 272), ref.E5M2, granularities[1])
+    check(x, w)
+    check(x, operand(rng, (90, 272), granularity=granularities[1]))
+
+
+# --- Values ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pairs
+@granularities
+@pytest.mark.parametrize("m", [3, 16, 32, 64])
+def test_small_integers_are_exact(rng, m, pair, granularities):
+    x = integers(rng, (m, 912), pair[0], granularities[0])
+    w = integers(rng, (70, 912), pair[1], granularities[1])
+    got = jax_fp8.scaled_matmul(x, w, **F32_OUT)
+    np.testing.assert_array_equal(got, ref.product(x, w)[0].astype(np.float32))
+
+
+@pytest.mark.gpu
+@pairs
+@pytest.mark.parametrize("side", ["x", "w"])
+def test_all_codes_times_one(pair, side):
+    """NaN and infinities, which reach their own row alone, among them."""
+    dtype, other = pair if side == "x" else pair[::-1]
+    all_codes = np.zeros((256, 64), dtype)
+    all_codes[np.arange(256), np.arange(256) % 64] = ref.all_codes(dtype)
+    one = np.ones((1, 1), np.float32)
+    identity = scaled(np.eye(64, dtype=np.float32).astype(other), one)
+    if side == "w":
+        operands = [(identity, scaled(all_codes, one))]
+    else:
+        operands = [(scaled(part, one), identity) for part in np.split(all_codes, 4)]
+    for x, w in operands:
+        got = jax_fp8.scaled_matmul(x, w, **F32_OUT)
+        np.testing.assert_array_equal(got, ref.product(x, w)[0].astype(np.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["normal", "heavy", "positive"])
+@pytest.mark.parametrize("m, k", [(1, 4096), (16, 14336), (64, 8192)], ids=str)
+def test_error_of_the_sums(rng, kind, m, k):
+    x, w = operand(rng, (m, k), kind=kind), operand(rng, (48, k), kind=kind)
+    if kind != "normal":
+        check(x, w)
+        return
+    got = jax_fp8.scaled_matmul(x, w, **F32_OUT)
+    expected, _ = ref.product(x, w)
+    ref.assert_close(got, expected, ref.normal_error(expected, k, fast=False))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("x_scale, w_scale", [(1e30, 1e-30), (2.0**-126, 2.0**100)], ids=str)
+def test_tiny_and_huge_scales(rng, x_scale, w_scale):
+    x, w = (codes(rng, (rows, 144), granularity="row") for rows in (9, 40))
+    check(
+        scaled(x.data, np.full((9, 1), x_scale, np.float32), "row"),
+        scaled(w.data, np.full((40, 1), w_scale, np.float32), "row"),
+    )
+
+
+@pytest.mark.gpu
+def test_the_bits_do_not_change(rng):
+    x = operand(rng, (20, 4096), granularity="row")
+    w = operand(rng, (4096, 4096), granularity="row")
+    first, *others = (np.asarray(jax_fp8.scaled_matmul(x, w, **F32_OUT)) for _ in range(5))
+    for other in others:
+        ref.assert_same_bits(other, first)
+
+
+# --- Epilogues ------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("out", [*ref.WIDE, *ref.FP8], ids=pair_id)
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"], ids=str)
+@pytest.mark.parametrize("bias_dtype", [None, *ref.WIDE], ids=pair_id)
+def test_every_epilogue(rng, out, activation, bias_dtype):
+    for m in (1, 13, 30, 64):
+        x = operand(rng, (m, 272), granularity="row")
+        w = operand(rng, (50, 272), granularity="row")
+        bias = None if bias_dtype is None else jnp.asarray(2 * rng.standard_normal(50), bias_dtype)
+        fp8 = {"output_scale": 0.25, "return_amax": True} if out in ref.FP8 else {}
+        result = jax_fp8.scaled_matmul(
+            x, w, bias=bias, activation=activation, preferred_element_type=out, **fp8, **SMALL_M
+        )
+        expected, magnitudes = ref.product(x, w, bias, activation)
+        sums, _ = ref.product(x, w, bias)
+        error = ref.epilogue_error(
+            sums, ref.random_error(magnitudes, 272, fast=False), activation, bias
+        )
+        if not fp8:
+            ref.assert_close(result, expected, error)
+            continue
+        y, amax = result
+        largest = float(ref.fp8_max(out))
+        error_of_data = 4 * error + 2.0**-22 * np.abs(4 * expected)
+        ref.assert_close(y.data, np.clip(4 * expected, -largest, largest), error_of_data)
+        off = abs(float(amax) - np.abs(expected).max())
+        assert off <= error.max() + ref.half_ulp(np.float64(amax), ref.F32)
+
+
+# --- What it refuses, and when it is the default --------------------------------------------------
+
+
+def test_block_scales_and_an_odd_k_are_refused_before_anything_runs(rng):
+    w = operand(rng, (8, 160))
+    with pytest.raises(NotImplementedError, match="'small_m' cannot multiply .*block-scaled"):
+        jax_fp8.scaled_matmul(operand(rng, (4, 160), granularity=(1, 128)), w, **SMALL_M)
+    with pytest.raises(NotImplementedError, match="'small_m' cannot multiply .*K in steps of 16"):
+        jax_fp8.scaled_matmul(operand(rng, (4, 40)), operand(rng, (8, 40)), **SMALL_M)
+
+
+@pytest.mark.gpu
+def test_more_rows_are_refused(rng):
+    x, w = operand(rng, (65, 32)), operand(rng, (8, 32))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="'small_m' cannot .*M <= 64"):
+        jax_fp8.scaled_matmul(x, w, **SMALL_M).block_until_ready()
+
+
+@pytest.mark.gpu
+def test_unaligned_operands_are_refused(rng):
+    w = operand(rng, (8, 32))
+
+    @jax.jit
+    def multiply(flat):
+        x = scaled(flat[1:].reshape(4, 32), np.ones((1, 1), np.float32))
+        return jax_fp8.scaled_matmul(x, w, **SMALL_M)
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="multiple of 16 bytes"):
+        jax.block_until_ready(multiply(codes(rng, (1 + 4 * 32,)).data))
+
+
+def ran(x, w, **options):
+    jax_fp8.clear_plans()
+    jax.block_until_ready(jax_fp8.scaled_matmul(x, w, **options))
+    return {p["implementation"] for p in jax_fp8.plans() if p["operation"] == "scaled_matmul"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "capability, granularity, dtype, shape, expected",
+    [
+        (90, "row", ref.E4M3, (1, 1024, 1024), "small_m"),
+        (90, "row", ref.E4M3, (64, 1024, 1024), "small_m"),
+        (90, "row", ref.E4M3, (65, 1024, 1024), "cublaslt"),
+        (90, "row", ref.E4M3, (64, 8192, 128), "cublaslt"),
+        (90, "row", ref.E4M3, (1, 1024, 512), "cublaslt"),
+        (90, "tensor", ref.E4M3, (1, 1024, 1024), "cublaslt"),
+        (90, "tensor", ref.E5M2, (1, 1024, 1024), "small_m"),
+        (89, "row", ref.E4M3, (1, 1024, 1024), "cublaslt"),
+        (80, "row", ref.E4M3, (1, 1024, 1024), "decode"),
+    ],
+    ids=pair_id,
+)
+def test_the_default(rng, forced_capability, capability, granularity, dtype, shape, expected):
+    m, n, k = shape
+    x = operand(rng, (m, k), dtype, granularity)
+    w = operand(rng, (n, k), dtype, granularity)
+    forced_capability(capability)
+    assert ran(x, w) == {expected}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("capability", [80, 89, 120])
+def test_other_gpus_are_refused(rng, forced_capability, capability):
+    forced_capability(capability)
+    x, w = operand(rng, (4, 32)), operand(rng, (8, 32))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="'small_m' cannot .*9.0 to 11"):
+        jax_fp8.scaled_matmul(x, w, **SMALL_M).block_until_ready()
