@@ -15,14 +15,19 @@ constexpr uint32_t kAlignment = 16;
 // Up to so many rows, cublasLt's only offer for row scales is up to twice as slow as another.
 constexpr int64_t kFewRows = 512;
 
-// Splitting K unevenly gave wrong results (releases 12.6.3 to 13.4).
-bool split_is_safe(const Api& api, const Algo& algo, int64_t k) {
+int64_t split_of(const Api& api, const Algo& algo) {
   int32_t split = 0;
   size_t written = 0;
   api.MatmulAlgoConfigGetAttribute(&algo, kAlgoSplitK, &split, sizeof split, &written);
+  return split;
+}
+
+// Splitting K unevenly gave wrong results (releases 12.6.3 to 13.4).
+bool split_is_safe(const Api& api, const Algo& algo, int64_t k) {
+  const int64_t split = split_of(api, algo);
   const size_t version = api.GetVersion();
   const bool affected = version >= 120603 && version < 130500;
-  return !affected || split <= 1 || k % (int64_t{split} * 16) == 0;
+  return !affected || split <= 1 || k % (split * 16) == 0;
 }
 
 // The same algorithm without splitting K, if cublasLt takes that for this product.
@@ -120,14 +125,13 @@ std::vector<Candidate> find_candidates(const Api& api, const Description& produc
     candidates.push_back(
         {result.algo, static_cast<int64_t>(result.workspace_size), std::move(name)});
   };
-  const auto is_safe = [&](const HeuristicResult& result) {
-    return split_is_safe(api, result.algo, product.k);
-  };
   for (const HeuristicResult& result : found) {
-    if (result.state == kSuccess && is_safe(result)) add(result);
+    if (result.state == kSuccess && split_is_safe(api, result.algo, product.k)) add(result);
   }
+  // Some are faster without their split, too.
   for (HeuristicResult& result : found) {
-    if (result.state == kSuccess && !is_safe(result) && unsplit(api, product, &result)) add(result);
+    const bool splits = result.state == kSuccess && split_of(api, result.algo) > 1;
+    if (splits && unsplit(api, product, &result)) add(result);
   }
   if (candidates.empty()) {
     *why = "cublasLt " + version_string(api.GetVersion()) + " has no algorithm for it" +

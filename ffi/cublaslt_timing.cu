@@ -17,7 +17,7 @@ namespace {
 constexpr double kBudgetMs = 40;
 // What computes much for each byte is raced on a device that is as hot as it makes it: the fastest
 // candidate on a cool device may draw more power than others, and then be slower than they are.
-constexpr double kHotFlopsPerByte = 500;
+constexpr double kHotFlopsPerByte = 1000;
 constexpr float kHotUs = 20;
 constexpr float kWarmUpUs = 60'000;
 // The device's time for one round: the fewer candidates are left, the longer each one runs, and the

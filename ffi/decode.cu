@@ -26,7 +26,7 @@ struct Tile {
 };
 
 // Two stages of 16-bit values: while one is multiplied, the other is filled with codes that were
-// loaded a step before and are decoded between the multiplications. Each code is decoded once.
+// loaded a step before. So a thread block decodes each code once, and not once for each warp.
 constexpr int kStages = 2;
 
 // Where 8 values of a row lie: ldmatrix reads 8 rows of a column of them, and meets no bank twice.
@@ -114,28 +114,34 @@ struct Source {
 template <typename Tile>
 using Sums = float[Tile::kFragmentsM][Tile::kFragmentsN][4];
 
-// sums += X W^T of one slice, for the warp's part of a stage.
-template <typename Tile, Type mma>
-__device__ void multiply_slice(Sums<Tile>& sums, const uint8_t* x, const uint8_t* w, int slice,
-                               int warp_m, int warp_n, int lane) {
-  uint32_t a[Tile::kFragmentsM][4], b[Tile::kFragmentsN / 2][4];
+// What a warp multiplies of one slice of a stage.
+template <typename Tile>
+struct Fragments {
+  uint32_t x[Tile::kFragmentsM][4], w[Tile::kFragmentsN / 2][4];
+
+  __device__ void load(const uint8_t* stage, int slice, int warp_m, int warp_n, int lane) {
 #pragma unroll
-  for (int i = 0; i < Tile::kFragmentsM; ++i) {
-    load_matrices(a[i], x + place(warp_m + i * 16 + lane % 16, slice * 2 + lane / 16));
-  }
+    for (int i = 0; i < Tile::kFragmentsM; ++i) {
+      load_matrices(x[i], stage + place(warp_m + i * 16 + lane % 16, slice * 2 + lane / 16));
+    }
 #pragma unroll
-  for (int i = 0; i < Tile::kFragmentsN / 2; ++i) {
-    const int row = warp_n + i * 16 + lane % 8 + lane / 16 * 8;
-    load_matrices(b[i], w + place(row, slice * 2 + lane / 8 % 2));
-  }
-#pragma unroll
-  for (int i = 0; i < Tile::kFragmentsM; ++i) {
-#pragma unroll
-    for (int j = 0; j < Tile::kFragmentsN; ++j) {
-      multiply_add<mma>(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+    for (int i = 0; i < Tile::kFragmentsN / 2; ++i) {
+      const int row = Tile::kM + warp_n + i * 16 + lane % 8 + lane / 16 * 8;
+      load_matrices(w[i], stage + place(row, slice * 2 + lane / 8 % 2));
     }
   }
-}
+
+  template <Type mma>
+  __device__ void multiply(Sums<Tile>& sums) const {
+#pragma unroll
+    for (int i = 0; i < Tile::kFragmentsM; ++i) {
+#pragma unroll
+      for (int j = 0; j < Tile::kFragmentsN; ++j) {
+        multiply_add<mma>(sums[i][j], x[i], w[j / 2][j % 2 * 2], w[j / 2][j % 2 * 2 + 1]);
+      }
+    }
+  }
+};
 
 // --- Scales --------------------------------------------------------------------------------------
 
@@ -233,8 +239,9 @@ struct Patch {
 
 // --- The kernel ----------------------------------------------------------------------------------
 
-// `wide`: X is of the type `mma`, and not FP8.
-template <typename Tile, Type mma, bool wide, bool blocks, bool aligned>
+// `wide`: X is of the type `mma`, and not FP8. `e4m3`: all codes are E4M3, which spares the common
+// case the choice between the formats; otherwise they are known at run time.
+template <typename Tile, Type mma, bool wide, bool blocks, bool aligned, bool e4m3>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     decode_kernel(Product p, int64_t tiles_m, int64_t tiles_n) {
   extern __shared__ __align__(128) uint8_t memory[];
@@ -251,7 +258,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   using SourceOfW = Source<Tile::kN, Tile::kThreads, 1, aligned>;
   const SourceOfX x(p.x.at(b * p.m * p.k), tile_m, p.m, p.k);
   const SourceOfW w(p.w.at(b * p.n * p.k), tile_n, p.n, p.k);
-  const bool x_e4m3 = p.x.type == Type::kE4M3, w_e4m3 = p.w.type == Type::kE4M3;
+  const bool x_e4m3 = e4m3 || p.x.type == Type::kE4M3;
+  const bool w_e4m3 = e4m3 || p.w.type == Type::kE4M3;
   constexpr int kXChunks = wide ? 0 : SourceOfX::kChunks;
   constexpr int kChunks = kXChunks + SourceOfW::kChunks;
   uint4 codes[kChunks];
@@ -296,10 +304,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     constexpr int kSlices = kStep / kSlice;
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice) {
-      multiply_slice<Tile, mma>(sums, stage, stage + Tile::kXBytes, slice, warp_m, warp_n, lane);
+      Fragments<Tile> fragments;
+      fragments.load(stage, slice, warp_m, warp_n, lane);
+      fragments.template multiply<mma>(sums);
+      if (slice != 0) continue;
+      // All at once, as the compiler lets no load of fragments pass a store.
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) {
-        if (i * kSlices / kChunks != slice) continue;
         decode(i, next);
         load(i, k + 2 * kStep);
       }
@@ -357,10 +368,10 @@ double cost(const Product& p, const Device& device) {
   return static_cast<double>(waves) * Tile::kBlocks * Tile::kM * Tile::kN * overhead;
 }
 
-template <typename Tile, Type mma, bool wide, bool blocks, bool aligned>
+template <typename Tile, Type mma, bool wide, bool blocks, bool aligned, bool e4m3>
 cudaError_t launch(const Product& p, cudaStream_t stream) {
   const int64_t tiles_m = ceil_div(p.m, Tile::kM), tiles_n = ceil_div(p.n, Tile::kN);
-  const auto kernel = decode_kernel<Tile, mma, wide, blocks, aligned>;
+  const auto kernel = decode_kernel<Tile, mma, wide, blocks, aligned, e4m3>;
   constexpr int kBytes = Tile::kStageBytes * kStages;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
@@ -370,35 +381,36 @@ cudaError_t launch(const Product& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// Block scales need a second set of sums, and so smaller tiles of a warp.
-using Large = Tile<128, 256, 64, 64, 1>;
-using Middle = Tile<128, 128, 64, 64, 2>;
-using Small = Tile<64, 128, 32, 64, 2>;
-using LargeOfBlocks = Tile<128, 128, 64, 32, 1>;
-using SmallOfBlocks = Tile<64, 128, 32, 32, 2>;
+// 16 warps on an SM, which hide each other's waiting. Block scales need a second set of sums, for
+// which only the smallest leaves registers.
+using Large = Tile<128, 256, 64, 32, 1>;
+using Middle = Tile<128, 128, 64, 32, 2>;
+using Small = Tile<64, 128, 32, 32, 2>;
+
+template <Type mma, bool wide, bool e4m3>
+cudaError_t choose_tile(const Product& p, cudaStream_t stream) {
+  if (p.blocks()) return launch<Small, mma, wide, true, true, e4m3>(p, stream);
+  Device device{};
+  if (const cudaError_t error = describe_device(&device); error != cudaSuccess) return error;
+  const double large = cost<Large>(p, device), middle = cost<Middle>(p, device),
+               small = cost<Small>(p, device);
+  if (large <= std::min(middle, small)) {
+    return launch<Large, mma, wide, false, true, e4m3>(p, stream);
+  }
+  return middle <= small ? launch<Middle, mma, wide, false, true, e4m3>(p, stream)
+                         : launch<Small, mma, wide, false, true, e4m3>(p, stream);
+}
 
 template <Type mma, bool wide>
 cudaError_t choose(const Product& p, cudaStream_t stream) {
   const auto address =
       reinterpret_cast<uintptr_t>(p.x.data) | reinterpret_cast<uintptr_t>(p.w.data);
-  const bool aligned = p.k % kChunk == 0 && address % kChunk == 0;
-  const bool blocks = p.blocks();
-  Device device{};
-  if (const cudaError_t error = describe_device(&device); error != cudaSuccess) return error;
-  if (!aligned) {
-    return blocks ? launch<SmallOfBlocks, mma, wide, true, false>(p, stream)
-                  : launch<SmallOfBlocks, mma, wide, false, false>(p, stream);
+  if (p.k % kChunk != 0 || address % 16 != 0) {
+    return p.blocks() ? launch<Small, mma, wide, true, false, false>(p, stream)
+                      : launch<Small, mma, wide, false, false, false>(p, stream);
   }
-  if (blocks) {
-    return cost<LargeOfBlocks>(p, device) <= cost<SmallOfBlocks>(p, device)
-               ? launch<LargeOfBlocks, mma, wide, true, true>(p, stream)
-               : launch<SmallOfBlocks, mma, wide, true, true>(p, stream);
-  }
-  const double small = cost<Small>(p, device);
-  const double middle = cost<Middle>(p, device), large = cost<Large>(p, device);
-  if (large <= std::min(middle, small)) return launch<Large, mma, wide, false, true>(p, stream);
-  return middle <= small ? launch<Middle, mma, wide, false, true>(p, stream)
-                         : launch<Small, mma, wide, false, true>(p, stream);
+  const bool e4m3 = p.w.type == Type::kE4M3 && (wide || p.x.type == Type::kE4M3);
+  return e4m3 ? choose_tile<mma, wide, true>(p, stream) : choose_tile<mma, wide, false>(p, stream);
 }
 
 }  // namespace

@@ -9,6 +9,11 @@
 namespace jax_fp8 {
 namespace {
 
+using hopper::kDepth;
+using hopper::Maps;
+using hopper::Shape;
+using hopper::Tiles;
+
 // The driver's function, found at run time, since the module must load where there is no driver.
 PFN_cuTensorMapEncodeTiled_v12000 find_encode() {
   void* function = nullptr;
@@ -62,9 +67,9 @@ cudaError_t launch(const Product& p, int cluster, int multiprocessors, cudaStrea
   tiles.token_tiles = static_cast<int>(ceil_div(p.m, S::kTokens));
   tiles.row_clusters = static_cast<int>(ceil_div(p.n, S::kRows * cluster));
   tiles.count = static_cast<int>(p.batch * tiles.token_tiles * tiles.row_clusters);
-  tiles.depth_steps = static_cast<int>(ceil_div(p.k, kDepth));
+  tiles.depth_steps = static_cast<int>(ceil_div(p.k, kDepth * S::kDepthGroups) * S::kDepthGroups);
 
-  const auto kernel = decode_hopper_kernel<w_type, x_type, S>;
+  const auto kernel = hopper::decode_kernel<w_type, x_type, S>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes);
   if (error != cudaSuccess) return error;
@@ -131,17 +136,25 @@ cudaError_t launch(const Product& p, const Plan& plan, int multiprocessors, cuda
              : launch<Type::kE5M2, Type::kF16>(p, plan, multiprocessors, stream);
 }
 
+// A call can pretend a capability, but there is no code for other devices than these.
+bool is_hopper() {
+  int device, major, minor;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
+         major == 9 && minor == 0;
+}
+
 }  // namespace
 
 bool decode_hopper_supports(const Product& p, int capability) {
   const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
-  const bool wide_x = p.x.type == Type::kBF16 || p.x.type == Type::kF16;
-  const bool d_fits = p.d_type == Type::kF32 || (!is_fp8(p.d_type) && p.n % 8 == 0 && aligned(p.d));
+  const bool wide_d = p.d_type == Type::kF32 || (!is_fp8(p.d_type) && p.n % 8 == 0 && aligned(p.d));
   constexpr int64_t kMost = int64_t{1} << 30;  // Coordinates and tiles are counted in 32 bits.
-  return capability == 90 && wide_x && is_fp8(p.w.type) && !p.w.per_block() && d_fits &&
-         p.k % 16 == 0 && p.k > 0 && aligned(p.x.data) && aligned(p.w.data) &&
-         std::max({p.m, p.n, p.k}) < kMost &&
-         ceil_div(p.m, 32) * ceil_div(p.n, 128) < kMost / p.batch;
+  const bool fits = p.x.wide() && !p.w.per_block() && wide_d && p.k > 0 && p.k % 16 == 0 &&
+                    aligned(p.x.data) && aligned(p.w.data) && std::max({p.m, p.n, p.k}) < kMost &&
+                    ceil_div(p.m, 32) * ceil_div(p.n, 64) < kMost / p.batch;
+  return capability == 90 && fits && is_hopper();
 }
 
 cudaError_t decode_hopper(const Product& p, cudaStream_t stream) {

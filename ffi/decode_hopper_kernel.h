@@ -6,7 +6,7 @@
 #include "ffi/finish.h"
 #include "ffi/hopper.h"
 
-namespace jax_fp8 {
+namespace jax_fp8::hopper {
 
 // The kernel computes the transpose of D: the rows of W stand where wgmma takes registers. Each of
 // the warpgroups that multiply has 64 rows and all tokens (rows of X) of the block's tile, and
@@ -35,9 +35,13 @@ struct Shape {
   static constexpr int kWBytes = kRows * kDepth;
   // Of a row group: its part of D in 16 bits or, before, the sums of all depth groups but one.
   static constexpr int kOutBytes = std::max(64 * tokens * 2, (depth_groups - 1) * 64 * tokens * 4);
-  // 1024 for the alignment of the swizzle, 256 for the barriers.
+  // A multiple of depth_groups, as are the steps along K (zeros beyond its end), so that a stage
+  // always has the same readers: a barrier's parity tells its last two phases apart and no more,
+  // and only who has read the one can wait for the next. 1024 for the alignment of the swizzle, 256
+  // for the barriers.
   static constexpr int kStages =
-      std::min(16, (kSharedBytes - 1024 - 256 - row_groups * kOutBytes) / (kXBytes + kWBytes));
+      std::min(16, (kSharedBytes - 1024 - 256 - row_groups * kOutBytes) / (kXBytes + kWBytes)) /
+      depth_groups * depth_groups;
   static constexpr int kX = 0;
   static constexpr int kOut = kX + kStages * kXBytes;
   static constexpr int kW = kOut + row_groups * kOutBytes;
@@ -111,7 +115,7 @@ using Fragments = uint32_t[kSlices][4];
 // A thread's part of a stage of W: two rows, eight apart, and of each slice of 16 the pairs 2t and
 // 2t + 8. Within 64 bytes of a row the copy engine has exchanged the chunks of 16: `slice[i]` is
 // where the i-th of this thread's row begins, plus 2t.
-__device__ void load_codes(Fragments& codes, uint32_t tile, const int (&slice)[kSlices]) {
+__device__ inline void load_codes(Fragments& codes, uint32_t tile, const int (&slice)[kSlices]) {
 #pragma unroll
   for (int i = 0; i < kSlices; ++i) {
     const uint32_t address = tile + slice[i];
@@ -159,16 +163,15 @@ __device__ void produce(const Maps& maps, const Tiles& tiles, uint32_t shared, i
     const int token = token_tile * S::kTokens + rank * slice;
     for (int step = 0; step < tiles.depth_steps; ++step) {
       const uint32_t full = shared + S::kFull + ring.stage * 8;
-      hopper::barrier_wait(shared + S::kEmpty + ring.stage * 8, ring.parity ^ 1);
-      if (hopper::elect_lane()) {
-        hopper::barrier_expect(full, S::kXBytes + S::kWBytes);
-        hopper::copy_in(shared + S::kW + ring.stage * S::kWBytes, maps.w, full, step * kDepth, row,
-                        batch);
+      barrier_wait(shared + S::kEmpty + ring.stage * 8, ring.parity ^ 1);
+      if (elect_lane()) {
+        barrier_expect(full, S::kXBytes + S::kWBytes);
+        copy_in(shared + S::kW + ring.stage * S::kWBytes, maps.w, full, step * kDepth, row, batch);
         const uint32_t x = shared + S::kX + ring.stage * S::kXBytes + rank * slice * kDepth * 2;
         if (cluster == 1) {
-          hopper::copy_in(x, maps.x, full, step * kDepth, token, batch);
+          copy_in(x, maps.x, full, step * kDepth, token, batch);
         } else {
-          hopper::copy_in(x, maps.x, full, step * kDepth, token, batch, everyone);
+          copy_in(x, maps.x, full, step * kDepth, token, batch, everyone);
         }
       }
       __syncwarp();
@@ -194,22 +197,21 @@ __device__ void add_depth_groups(float (&d)[S::kSums], uint32_t out, int row_gro
                                  int depth_group) {
   const int thread = threadIdx.x % 128, barrier = 1 + row_group;
   constexpr int kAll = S::kDepthGroups * 128;
-  hopper::threads_sync(barrier, kAll);
+  threads_sync(barrier, kAll);
   if (depth_group > 0) {
 #pragma unroll
     for (int i = 0; i < S::kSums; i += 4) {
-      hopper::store_shared(out + (((depth_group - 1) * S::kSums + i) * 128 + thread * 4) * 4,
-                           d + i);
+      store_shared(out + (((depth_group - 1) * S::kSums + i) * 128 + thread * 4) * 4, d + i);
     }
-    hopper::threads_arrive(barrier, kAll);
+    threads_arrive(barrier, kAll);
     return;
   }
-  hopper::threads_sync(barrier, kAll);
+  threads_sync(barrier, kAll);
 #pragma unroll
   for (int group = 1; group < S::kDepthGroups; ++group) {
 #pragma unroll
     for (int i = 0; i < S::kSums; i += 4) {
-      hopper::add_shared(d + i, out + (((group - 1) * S::kSums + i) * 128 + thread * 4) * 4);
+      add_shared(d + i, out + (((group - 1) * S::kSums + i) * 128 + thread * 4) * 4);
     }
   }
 }
@@ -253,19 +255,19 @@ __device__ void write_tile(const Product& p, const Maps& maps, float (&d)[S::kSu
     }
     return;
   }
-  hopper::threads_sync(barrier, 128);  // `out` is free: see consume and add_depth_groups.
+  threads_sync(barrier, 128);  // `out` is free: see consume and add_depth_groups.
   const int chunk = warp * 2 + lane / 8 % 2;
 #pragma unroll
   for (int i = 0; i < S::kTokens / 16; ++i) {
     const int token = i * 16 + lane / 16 * 8 + lane % 8;
     const uint32_t address = out + token * 128 + (chunk ^ lane % 8) * 16;
     const float* s = d + i * 8;
-    hopper::store_transposed(address, pack(p.d_type, s[0], s[1]), pack(p.d_type, s[2], s[3]),
-                             pack(p.d_type, s[4], s[5]), pack(p.d_type, s[6], s[7]));
+    store_transposed(address, pack(p.d_type, s[0], s[1]), pack(p.d_type, s[2], s[3]),
+                     pack(p.d_type, s[4], s[5]), pack(p.d_type, s[6], s[7]));
   }
-  hopper::copy_out_fence();
-  hopper::threads_sync(barrier, 128);
-  if (threadIdx.x % 128 == 0) hopper::copy_out(maps.d, out, row0, token0, batch);
+  copy_out_fence();
+  threads_sync(barrier, 128);
+  if (threadIdx.x % 128 == 0) copy_out(maps.d, out, row0, token0, batch);
 }
 
 template <Type w_type, Type x_type, class S>
@@ -291,27 +293,27 @@ __device__ void consume(const Product& p, const Maps& maps, const Tiles& tiles, 
     int previous = -1;
     const auto release = [&] {
       if (previous >= 0 && lane < cluster) {
-        hopper::barrier_arrive(shared + S::kEmpty + previous * 8, lane);
+        barrier_arrive(shared + S::kEmpty + previous * 8, lane);
       }
     };
     Ring mine = ring;
     mine.advance<S::kStages>(depth_group);
     const auto advance = [&](Fragments& a) {
-      hopper::barrier_wait(shared + S::kFull + mine.stage * 8, mine.parity);
+      barrier_wait(shared + S::kFull + mine.stage * 8, mine.parity);
       Fragments codes;
       load_codes(codes, shared + S::kW + mine.stage * S::kWBytes, slice);
       if constexpr (S::kBuffers == 1) {
-        hopper::multiply_wait<0>();
+        multiply_wait<0>();
         release();
       }
       decode_codes<w_type, x_type>(a, codes);
-      const uint64_t b = hopper::matrix_descriptor(shared + S::kX + mine.stage * S::kXBytes);
-      hopper::multiply_fence();
+      const uint64_t b = matrix_descriptor(shared + S::kX + mine.stage * S::kXBytes);
+      multiply_fence();
 #pragma unroll
-      for (int i = 0; i < kSlices; ++i) hopper::multiply_add<x_type>(d, a[i], b + i * 2);
-      hopper::multiply_commit();
+      for (int i = 0; i < kSlices; ++i) multiply_add<x_type>(d, a[i], b + i * 2);
+      multiply_commit();
       if constexpr (S::kBuffers == 2) {
-        hopper::multiply_wait<1>();
+        multiply_wait<1>();
         release();
       }
       previous = mine.stage;
@@ -327,7 +329,7 @@ __device__ void consume(const Product& p, const Maps& maps, const Tiles& tiles, 
     } else {
       for (; step < tiles.depth_steps; step += S::kDepthGroups) advance(a[0]);
     }
-    hopper::multiply_wait<0>();
+    multiply_wait<0>();
     release();
     // On to the first stage of the next tile, which may be several turns of the ring away.
     const int steps = ring.stage + tiles.depth_steps;
@@ -337,7 +339,7 @@ __device__ void consume(const Product& p, const Maps& maps, const Tiles& tiles, 
     int token_tile, row_cluster, batch;
     tiles.locate(index, &token_tile, &row_cluster, &batch);
     // The copy of the tile before, started by this thread, has read `out`.
-    if (threadIdx.x % 128 == 0 && depth_group == 0) hopper::copy_out_wait();
+    if (threadIdx.x % 128 == 0 && depth_group == 0) copy_out_wait();
     if constexpr (S::kDepthGroups > 1) {
       add_depth_groups<S>(d, out, row_group, depth_group);
       if (depth_group > 0) continue;
@@ -347,34 +349,34 @@ __device__ void consume(const Product& p, const Maps& maps, const Tiles& tiles, 
                   token_tile * S::kTokens, batch);
   }
   // Shared memory must live until it has been read.
-  if (threadIdx.x % 128 == 0) hopper::copy_out_wait();
+  if (threadIdx.x % 128 == 0) copy_out_wait();
 }
 
 template <Type w_type, Type x_type, class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
-    decode_hopper_kernel(const __grid_constant__ Product p, const __grid_constant__ Maps maps,
-                         const __grid_constant__ Tiles tiles) {
+    decode_kernel(const __grid_constant__ Product p, const __grid_constant__ Maps maps,
+                  const __grid_constant__ Tiles tiles) {
   extern __shared__ uint8_t dynamic[];
-  const uint32_t shared = (hopper::shared_address(dynamic) + 1023) / 1024 * 1024;
-  const int cluster = hopper::cluster_size(), rank = hopper::cluster_rank();
+  const uint32_t shared = (shared_address(dynamic) + 1023) / 1024 * 1024;
+  const int cluster = cluster_size(), rank = cluster_rank();
   constexpr int kConsumerThreads = S::kConsumers * 128;
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
-      hopper::barrier_init(shared + S::kFull + i * 8, 1);
-      hopper::barrier_init(shared + S::kEmpty + i * 8, S::kRowGroups * 4 * cluster);
+      barrier_init(shared + S::kFull + i * 8, 1);
+      barrier_init(shared + S::kEmpty + i * 8, S::kRowGroups * 4 * cluster);
     }
-    hopper::barrier_init_fence();
+    barrier_init_fence();
   }
-  hopper::cluster_sync();
+  cluster_sync();
   if (threadIdx.x < kConsumerThreads) {
-    hopper::more_registers<S::kConsumerRegisters>();
+    more_registers<S::kConsumerRegisters>();
     consume<w_type, x_type, S>(p, maps, tiles, shared, cluster, rank);
   } else {
-    hopper::fewer_registers<S::kProducerRegisters>();
+    fewer_registers<S::kProducerRegisters>();
     const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
     if (warp == kConsumerThreads / 32) produce<S>(maps, tiles, shared, cluster, rank);
   }
-  hopper::cluster_sync();  // The others of the cluster may still write here.
+  cluster_sync();  // The others of the cluster may still write here.
 }
 
-}  // namespace jax_fp8
+}  // namespace jax_fp8::hopper

@@ -41,8 +41,8 @@ __device__ uint32_t spread(uint32_t codes, bool e4m3) {
   }
 }
 
-// Four codes to four values, in their order. The format is a run-time value, the same for all
-// threads: a quarter of the kernels is left to compile.
+// Four codes to four values, in their order. `e4m3` is the same for all threads, and most often
+// known when the kernel is compiled.
 template <Type mma>
 __device__ uint2 decode_word(uint32_t codes, bool e4m3) {
   const uint32_t low = __byte_perm(codes, 0, 0x1404), high = __byte_perm(codes, 0, 0x3424);

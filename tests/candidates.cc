@@ -107,13 +107,13 @@ void test_candidates() {
   std::string why;
   fake = {};
   fake.offered_for_scalars = {algo(10, 3), algo(20, 2), algo(30), algo(30), algo(40, 5)};
-  // Splits that are uneven come last, and without their split; doubles come once.
-  EXPECT(tiles(api, 16, 64, false, &why) == "20/2 30 10 40");
-  EXPECT(tiles(api, 16, 48 * 10, false, &why) == "10/3 20/2 30 40/5");
+  // First what is safe, then what splits without its split; doubles come once.
+  EXPECT(tiles(api, 16, 64, false, &why) == "20/2 30 10 20 40");
+  EXPECT(tiles(api, 16, 480, false, &why) == "10/3 20/2 30 40/5 10 20 40");
   fake.refused = {40};
-  EXPECT(tiles(api, 16, 64, false, &why) == "20/2 30 10");
+  EXPECT(tiles(api, 16, 64, false, &why) == "20/2 30 10 20");
   fake.version = 130500;  // Repaired.
-  EXPECT(tiles(api, 16, 64, false, &why) == "10/3 20/2 30 40/5");
+  EXPECT(tiles(api, 16, 64, false, &why) == "10/3 20/2 30 40/5 10 20");
   // Row scales: cublasLt's offer, and what it takes of those for tensor scales, unsplit.
   fake = {};
   fake.offered = {algo(50)};

@@ -20,8 +20,20 @@ import jax_fp8
 
 # Vector loads and whole tiles with edges; single elements and nothing but edges.
 QUANTIZE_SHAPES = ((2, 130, 264), (2, 3, 131))
+# Rows of several thread blocks; tensors of all blocks of the device, aligned and not.
+LONG_SHAPES = {"row": ((20, 40_008),), "tensor": ((600, 456), (547, 501))}
+LARGEST_TENSOR = (3000, 4100)  # For which a thread's registers are too few.
 PRODUCT_SHAPES = ((130, 136, 272), (33, 21, 45))  # M, N, K
 SMALL_M_SHAPES = ((1, 136, 272), (16, 40, 1040), (20, 21, 16), (64, 50, 144))
+# Ragged, and then such as take tiles of other sizes in the Hopper kernel.
+WIDE_SHAPES = (
+    *PRODUCT_SHAPES,
+    (260, 8200, 80),
+    (120, 24584, 80),
+    (257, 4104, 144),
+    (60, 24584, 80),
+    (100, 4200, 80),
+)
 GRANULARITIES = (("tensor", "tensor"), ("row", "row"), ("tensor", "row"), ref.BLOCKS)
 BIASES = (None, ref.BF16, ref.F32, ref.F16)
 ACTIVATIONS = (None, "relu", "gelu")
@@ -40,7 +52,10 @@ def implementations():
 
 def check_quantize(granularity):
     """All types of one granularity, dynamic and static, as one program."""
-    variants = list(itertools.product(QUANTIZE_SHAPES, ref.WIDE, ref.FP8, (False, True)))
+    shapes = QUANTIZE_SHAPES + LONG_SHAPES.get(granularity, ())
+    variants = list(itertools.product(shapes, ref.WIDE, ref.FP8, (False, True)))
+    if granularity == "tensor":
+        variants.append((LARGEST_TENSOR, ref.BF16, ref.E4M3, False))
     inputs = []
     for shape, wide, _, static in variants:
         x = rng.standard_normal(shape).astype(wide)
@@ -79,18 +94,24 @@ def scaled(data, scale, granularity):
 
 
 def operand(shape, dtype, granularity):
+    if dtype not in ref.FP8:  # As the reference takes a wide x; the library takes its data.
+        return scaled(
+            rng.standard_normal(shape).astype(dtype), np.ones((1, 1), np.float32), "tensor"
+        )
     scale = np.exp(rng.standard_normal(ref.scale_shape(shape, granularity)))
     return scaled(ref.random_codes(rng, shape, dtype), scale.astype(np.float32), granularity)
 
 
 def variants_of(implementation, pair):
     """Shapes, scales and results; the epilogues go around with them."""
-    if implementation == "cublaslt" and pair == (ref.E5M2, ref.E5M2):
+    wide = pair[0] not in ref.FP8
+    if implementation == "cublaslt" and (wide or pair == (ref.E5M2, ref.E5M2)):
         return
     epilogues = itertools.cycle(itertools.product(BIASES, ACTIVATIONS))
+    combinations = tuple(("tensor", g) for g in ref.GRANULARITIES) if wide else GRANULARITIES
     shapes = SMALL_M_SHAPES if implementation == "small_m" else PRODUCT_SHAPES
-    for shape, granularities in itertools.product(shapes, GRANULARITIES):
-        if implementation == "small_m" and granularities == ref.BLOCKS:
+    for shape, granularities in itertools.product(shapes, combinations):
+        if implementation == "small_m" and any(isinstance(one, tuple) for one in granularities):
             continue
         # Any codes of E5M2 would leave the range of float16.
         outs = [out for out in (*ref.WIDE, *ref.FP8) if out != ref.F16 or ref.E5M2 not in pair]
@@ -104,7 +125,7 @@ def check_product(implementation, pair):
         x = operand((m, k), pair[0], x_granularity)
         w = operand((n, k), pair[1], w_granularity)
         if out == ref.F16:
-            x = scaled(x.data, x.scale * 2.0**-12, x_granularity)
+            w = scaled(w.data, w.scale * 2.0**-12, w_granularity)
         inputs.append((x, w, None if bias is None else jnp.asarray(rng.standard_normal(n), bias)))
 
     @jax.jit
@@ -112,18 +133,18 @@ def check_product(implementation, pair):
         results = []
         for (x, w, bias), (_, _, out, _, activation) in zip(inputs, variants, strict=True):
             fp8 = {"output_scale": 4096.0, "return_amax": True} if out in ref.FP8 else {}
-            results.append(
-                jax_fp8.scaled_matmul(
-                    x,
-                    w,
-                    bias=bias,
-                    activation=activation,
-                    preferred_element_type=out,
-                    precision="highest",
-                    implementation=implementation,
-                    **fp8,
-                )
-            )
+            options = {
+                "bias": bias,
+                "activation": activation,
+                "preferred_element_type": out,
+                "precision": "highest",
+                "implementation": implementation,
+                **fp8,
+            }
+            if pair[0] in ref.FP8:
+                results.append(jax_fp8.scaled_matmul(x, w, **options))
+            else:
+                results.append(jax_fp8.matmul(x.data, w, recipe="weight_only", **options))
         return results
 
     for result, (x, w, bias), variant in zip(run(inputs), inputs, variants, strict=True):
@@ -143,6 +164,30 @@ def check_result(result, x, w, bias, activation):
     error_of_data = error / 4096 + 2.0**-22 * np.abs(expected / 4096)
     ref.assert_close(data, np.clip(expected / 4096, -largest, largest), error_of_data)
     assert abs(amax - np.abs(expected).max()) <= error.max() + ref.half_ulp(amax, ref.F32)
+
+
+def check_wide(implementation, wide):
+    """16-bit activations."""
+    epilogues = itertools.cycle(itertools.product(BIASES, ACTIVATIONS, (ref.F32, wide)))
+    variants = [
+        (operand((n, k), dtype, "row"), rng.standard_normal((m, k)).astype(wide), *next(epilogues))
+        for (m, n, k), dtype in itertools.product(WIDE_SHAPES, ref.FP8)
+    ]
+    for w, x, bias, activation, out in variants:
+        bias = None if bias is None else jnp.asarray(rng.standard_normal(w.shape[0]), bias)
+        w = scaled(w.data, w.scale * 2.0**-12, "row")  # Inside of float16's range.
+        result = jax_fp8.matmul(
+            x,
+            w,
+            recipe="weight_only",
+            bias=bias,
+            activation=activation,
+            preferred_element_type=out,
+            implementation=implementation,
+        )
+        as_operand = scaled(x, np.ones((1, 1), np.float32), "tensor")
+        check_result(result, as_operand, w, bias, activation)
+    return len(variants)
 
 
 def check_edges(implementation):
@@ -189,9 +234,12 @@ def main(chosen):
     for implementation in implementations():
         if chosen and implementation not in chosen:
             continue
-        for pair in itertools.product(ref.FP8, ref.FP8):
+        for pair in itertools.product((*ref.FP8, ref.BF16, ref.F16), ref.FP8):
             name = f"scaled_matmul {implementation} {pair[0]} x {pair[1]}"
             groups.append((name, check_product, (implementation, pair)))
+        for wide in (ref.BF16, ref.F16) if implementation != "cublaslt" else ():
+            name = f"matmul {implementation} {wide.name}, weight_only"
+            groups.append((name, check_wide, (implementation, wide)))
         groups.append((f"scaled_matmul {implementation}, edges", check_edges, (implementation,)))
     wrong = 0
     for name, check, arguments in groups:

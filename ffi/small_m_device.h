@@ -1,0 +1,132 @@
+// What small_m.cu needs of the device: copies into shared memory, decoding, and the tensor cores.
+#pragma once
+
+#include <cuda.h>
+
+#include "ffi/fp8.h"
+
+#if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+namespace jax_fp8 {
+namespace {
+
+// --- Copies into shared memory, and the barriers that they arrive at -----------------------------
+
+__device__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ void init_barrier(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(arrivals)
+               : "memory");
+}
+
+__device__ void expect_bytes(uint64_t* barrier, int bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+
+// Arrives when the copies that this thread has made so far are complete.
+__device__ void arrive_after_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+}
+
+__device__ void wait_for(uint64_t* barrier, int phase) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(shared_address(barrier)),
+      "r"(phase)
+      : "memory");
+}
+
+// Orders what threads did in shared memory before the box copies that follow a barrier.
+__device__ void fence_boxes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ void copy_box(void* target, const CUtensorMap& map, int column, int row, int batch,
+                         uint64_t* barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(target)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(batch), "l"(policy)
+      : "memory");
+}
+
+// 16 bytes, or as many zeros.
+__device__ void copy_async(void* target, const uint8_t* source, bool exists, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(
+                   shared_address(target)),
+               "l"(source), "r"(exists ? 16 : 0), "l"(policy)
+               : "memory");
+}
+
+__device__ uint64_t policy_read_once() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ uint64_t policy_read_often() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0;" : "=l"(policy));
+  return policy;
+}
+
+// --- Decoding and multiplying --------------------------------------------------------------------
+
+__device__ uint32_t word_of(const uint4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+// Four codes as two pairs of float16, which holds both formats exactly.
+__device__ uint2 decode_to_f16(uint32_t codes, Type type) {
+  if (type == Type::kE5M2) {  // The upper half of a float16.
+    return {__byte_perm(codes, 0, 0x1404), __byte_perm(codes, 0, 0x3424)};
+  }
+  uint2 pairs;
+  asm("{\n.reg .b16 low, high;\n"
+      "mov.b32 {low, high}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, low;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, high;\n}"
+      : "=r"(pairs.x), "=r"(pairs.y)
+      : "r"(codes));
+  return pairs;
+}
+
+// Exact for what comes of a code: a bfloat16 is the upper half of a float.
+__device__ uint32_t f16_to_bf16(uint32_t pair) {
+  const float2 wide = __half22float2(reinterpret_cast<const __half2&>(pair));
+  return __byte_perm(float_bits(wide.x), float_bits(wide.y), 0x7632);
+}
+
+template <Type mma>
+__device__ uint2 decode_to(uint32_t codes, Type type) {
+  const uint2 pairs = decode_to_f16(codes, type);
+  if constexpr (mma == Type::kF16) return pairs;
+  return {f16_to_bf16(pairs.x), f16_to_bf16(pairs.y)};
+}
+
+template <Type mma>
+__device__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint2 b) {
+  if constexpr (mma == Type::kBF16) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
+        " {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
+        " {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
+  }
+}
+
+}  // namespace
+}  // namespace jax_fp8
+#endif
