@@ -395,12 +395,15 @@ std::string small_m_refusal(const Product& p, int capability) {
 bool small_m_wins(const Product& p, int capability) {
   // Measured on an H200, with weights of 16 MB and more.
   if (capability / 10 != 9 || p.n * p.k < int64_t{1} << 20) return false;
-  // cublasLt has neither 16-bit by FP8 nor E5M2 by E5M2.
-  if (!is_fp8(p.x.type) || (p.x.type == Type::kE5M2 && p.w.type == Type::kE5M2)) return true;
-  // With tensor scales cublasLt takes 0.8 to 1.1 of the time here; with row scales 13 us for
-  // 1 x 4096 x 4096 (here 7.5), 37 for 16 x 28672 x 4096 (34) and for 64 x 8192 x 8192 28.6 (29.6).
-  const bool row_scales = !p.x.per_tensor() || !p.w.per_tensor();
-  return row_scales && (p.m <= 16 || (p.m <= 32 && p.n <= 8192) || p.n <= 4096);
+  // Without a product of cublasLt the other choice is decode, whose Hopper kernel for 16-bit
+  // activations takes 39 us for 64 x 28672 x 4096 (here 84), but 16 for 16 x 4096 x 4096 (here 9).
+  if (!is_fp8(p.x.type)) return p.m <= 16 || p.n <= 8192;
+  if (p.x.type == Type::kE5M2 && p.w.type == Type::kE5M2) return true;
+  // cublasLt's best takes 30 us for 1 x 28672 x 4096 (here 31), 7.3 for 1 x 4096 x 4096 (7.5) and
+  // 18.3 for 1 x 4096 x 14336 (16.6), with tensor as with row scales; but for a mixture of both one
+  // more kernel has to spread the tensor's scale.
+  const bool mixed = p.x.per_tensor() != p.w.per_tensor();
+  return p.m <= 8 && (mixed || (p.n <= 4096 && p.k >= 8192));
 }
 
 cudaError_t small_m_matmul(const Product& p, cudaStream_t stream) {

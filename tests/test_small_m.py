@@ -217,22 +217,27 @@ def ran(x, w, **options):
 @pytest.mark.parametrize(
     "capability, granularity, dtype, shape, expected",
     [
-        (90, "row", ref.E4M3, (1, 1024, 1024), "small_m"),
-        (90, "row", ref.E4M3, (64, 1024, 1024), "small_m"),
-        (90, "row", ref.E4M3, (65, 1024, 1024), "cublaslt"),
-        (90, "row", ref.E4M3, (64, 8192, 128), "cublaslt"),
-        (90, "row", ref.E4M3, (1, 1024, 512), "cublaslt"),
+        (90, "row", ref.E4M3, (1, 1024, 8192), "small_m"),
+        (90, "row", ref.E4M3, (9, 1024, 8192), "cublaslt"),
+        (90, "row", ref.E4M3, (1, 1024, 1024), "cublaslt"),
+        (90, ("tensor", "row"), ref.E4M3, (8, 1024, 1024), "small_m"),
+        (90, ("tensor", "row"), ref.E4M3, (8, 1024, 512), "cublaslt"),
+        (90, "tensor", ref.E4M3, (1, 1024, 8192), "small_m"),
         (90, "tensor", ref.E4M3, (1, 1024, 1024), "cublaslt"),
-        (90, "tensor", ref.E5M2, (1, 1024, 1024), "small_m"),
-        (89, "row", ref.E4M3, (1, 1024, 1024), "cublaslt"),
-        (80, "row", ref.E4M3, (1, 1024, 1024), "decode"),
+        (90, "tensor", ref.E5M2, (64, 1024, 1024), "small_m"),
+        (90, "tensor", ref.E5M2, (65, 1024, 1024), "decode"),
+        (89, "row", ref.E4M3, (1, 1024, 8192), "cublaslt"),
+        (80, "row", ref.E4M3, (1, 1024, 8192), "decode"),
     ],
     ids=pair_id,
 )
 def test_the_default(rng, forced_capability, capability, granularity, dtype, shape, expected):
     m, n, k = shape
-    x = operand(rng, (m, k), dtype, granularity)
-    w = operand(rng, (n, k), dtype, granularity)
+    x_granularity, w_granularity = (
+        granularity if isinstance(granularity, tuple) else (granularity, granularity)
+    )
+    x = operand(rng, (m, k), dtype, x_granularity)
+    w = operand(rng, (n, k), dtype, w_granularity)
     forced_capability(capability)
     assert ran(x, w) == {expected}
 
