@@ -28,6 +28,10 @@ def pytest_configure(config):
     # pyproject.toml declares these; once more for a run without it.
     config.addinivalue_line("markers", "gpu: needs a GPU")
     config.addinivalue_line("markers", "multigpu: needs two GPUs or more")
+    # Thousands of problems, few of which are about the choice of cublasLt's algorithm.
+    import jax_fp8
+
+    jax_fp8.set_plan_choice("heuristic")
 
 
 def pytest_runtest_setup(item):
