@@ -8,6 +8,8 @@ namespace jax_fp8 {
 
 using Stages = std::map<std::string, void*>;
 
+Stages fused_quantize_cpu_stages();
+Stages fused_quantize_cuda_stages();
 Stages quantize_cpu_stages();
 Stages quantize_cuda_stages();
 Stages scaled_matmul_cpu_stages();

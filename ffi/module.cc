@@ -29,11 +29,14 @@ nb::dict capsules(const Stages& stages) {
 }
 
 nb::dict registrations() {
-  nb::dict quantize, scaled_matmul, all;
+  nb::dict fused, quantize, scaled_matmul, all;
+  fused["cpu"] = capsules(fused_quantize_cpu_stages());
+  fused["CUDA"] = capsules(fused_quantize_cuda_stages());
   quantize["cpu"] = capsules(quantize_cpu_stages());
   quantize["CUDA"] = capsules(quantize_cuda_stages());
   scaled_matmul["cpu"] = capsules(scaled_matmul_cpu_stages());
   scaled_matmul["CUDA"] = capsules(scaled_matmul_cuda_stages());
+  all["jax_fp8_fused_quantize"] = fused;
   all["jax_fp8_quantize"] = quantize;
   all["jax_fp8_scaled_matmul"] = scaled_matmul;
   return all;

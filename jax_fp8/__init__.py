@@ -6,6 +6,12 @@ kernels where the GPU has them, and ``plans`` tells what ran.
 
 from jax_fp8._src.ffi import VERSION as __version__
 from jax_fp8._src.ffi import register
+from jax_fp8._src.fused import (
+    gelu_quantize,
+    layer_norm_quantize,
+    rms_norm_quantize,
+    swiglu_quantize,
+)
 from jax_fp8._src.matmul import matmul
 from jax_fp8._src.plan_choice import export_plans, import_plans, set_plan_choice
 from jax_fp8._src.plans import clear_plans, plans
@@ -23,10 +29,14 @@ __all__ = [
     "dequantize",
     "export_plans",
     "import_plans",
+    "gelu_quantize",
+    "layer_norm_quantize",
     "matmul",
     "plans",
     "quantize",
     "register",
+    "rms_norm_quantize",
     "scaled_matmul",
     "set_plan_choice",
+    "swiglu_quantize",
 ]

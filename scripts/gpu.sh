@@ -57,7 +57,7 @@ run_sanitize() {
   for tool in memcheck racecheck initcheck synccheck; do
     # cublasLt apart: over its kernels the compute-sanitizer of CUDA 13.0 crashes more often than not,
     # and more often where they run in captured graphs, so XLA makes none here.
-    for what in "quantize decode naive" cublaslt; do
+    for what in "quantize fused decode naive" cublaslt; do
       # The platform's allocator makes one allocation of each buffer, so that an access beyond a
       # buffer is one that memcheck sees.
       # shellcheck disable=SC2086

@@ -73,6 +73,12 @@ def quantizer(request):
     return value_on_this_platform(request)
 
 
+@pytest.fixture(params=on_platforms(("kernel", "xla"), ("kernel",)))
+def fuser(request):
+    """The implementation of a fused producer."""
+    return value_on_this_platform(request)
+
+
 @pytest.fixture(params=on_platforms(("handlers",), ("handlers",)))
 def handlers(request):
     """For what the handlers of both platforms share."""

@@ -116,6 +116,107 @@ def values(x):
     return data * expand(np.asarray(x.scale, np.float64), data.shape, x.granularity)
 
 
+# --- Fused producers ------------------------------------------------------------------------------
+
+ROUNDING = 2.0**-24
+
+
+def _norm(x, weight, bias, eps, roundings):
+    """Values and what they may be off by, after so many roundings on top of each other in a sum."""
+    mean, off = 0.0, 0.0
+    if bias is not None:
+        mean = x.mean(-1, keepdims=True)
+        off = (roundings + 2) * ROUNDING * np.abs(x).mean(-1, keepdims=True)
+    centered = x - mean
+    variance = np.square(centered).mean(-1, keepdims=True) + eps
+    factor = 1 / np.sqrt(variance)
+    error = ((roundings / 2 + 8) * ROUNDING + off**2 / (2 * variance)) * np.abs(centered) + off
+    error = error * factor * np.abs(weight)
+    y = centered * factor * weight + (0.0 if bias is None else bias)
+    return y, error + ROUNDING * (np.abs(y) + (0.0 if bias is None else np.abs(bias)))
+
+
+def _gated(x, exponent, up, roundings):
+    """``x / (1 + exp(-exponent)) * up``; the exponent itself is off by some roundings."""
+    gate = 1 / (1 + np.exp(-exponent))
+    relative = (12 + roundings * np.abs(exponent)) * ROUNDING
+    y = x * gate * up
+    return y, relative * np.abs(y) + np.abs(x * up) * 2.0**-125
+
+
+def fused(producer, x, weight=None, bias=None, eps=0.0, implementation=None):
+    """The values of a producer in float64, and what those of an implementation may be off by.
+
+    A kernel adds up a row in trees of 3, 5 and 5 levels with one addition for each 8192 columns
+    in between, plain JAX in two steps of up to 128 and K / 128 additions; to these come the
+    roundings of the squares and the mean.
+    """
+    x = np.asarray(x).astype(np.float64)
+    columns = x.shape[-1]
+    kernel = implementation == "kernel" or (implementation is None and on_gpu())
+    roundings = 16 + columns / 8192 if kernel else 128 + columns / 128
+    weight, bias = (
+        None if vector is None else np.asarray(vector).astype(np.float64)
+        for vector in (weight, bias)
+    )
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        if producer.endswith("norm"):
+            return _norm(x, weight, bias, eps, roundings)
+        if producer == "swiglu":
+            gate, up = np.split(x, 2, axis=-1)
+            return _gated(gate, gate, up, 4)
+        two_z = 2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+        return _gated(x, two_z, 1.0, 6)
+
+
+def on_gpu():
+    return jax.default_backend() == "gpu"
+
+
+def assert_quantized(got, y, error, scale=None):
+    """Holds codes and scales to what any values within ``error`` of ``y`` may become.
+
+    Rounding and saturation are monotonic, so the code of a value lies between the codes of the
+    ends; where these are the same, as nearly everywhere, it is compared bitwise.
+    """
+    assert got.shape == y.shape
+    shape = scale_shape(y.shape, got.granularity)
+    assert got.scale.shape == shape and got.scale.dtype == F32
+    if scale is not None:
+        assert_same_bits(got.scale, np.asarray(scale, np.float32).reshape(shape))
+    else:
+        largest, worst = (_largest(np.abs(a), got.granularity) for a in (y, error))
+        expected = np.where(largest == 0, 1.0, largest / float(fp8_max(got.dtype)))
+        allowed = (worst + 2 * ROUNDING * largest) / float(fp8_max(got.dtype))
+        np.testing.assert_array_less(np.abs(got.scale - expected), allowed + 2.0**-126)
+    factor = expand(inverse(np.asarray(got.scale)), y.shape, got.granularity).astype(np.float64)
+    data = np.asarray(got.data).astype(np.float32)
+    ends = []
+    for sign in (-1, 1):
+        end = (y + sign * error * np.sign(factor)) * factor
+        end = end + sign * (2 * ROUNDING * np.abs(end) + 2.0**-149)
+        largest = float(fp8_max(got.dtype))
+        ends.append(np.clip(end, -largest, largest).astype(got.dtype).astype(np.float32))
+    low, high = ends
+    wrong = ~((low <= data) & (data <= high))
+    assert not wrong.any(), (
+        f"{wrong.sum()} of {wrong.size} codes are wrong, first at {np.argwhere(wrong)[0]}:"
+        f" {data[wrong][0]}, between {low[wrong][0]} and {high[wrong][0]} were right"
+    )
+    assert np.sum(low != high) <= max(4, 0.01 * y.size), "the bounds say too little here"
+
+
+def _largest(x, granularity):
+    """As amax, but in float64."""
+    if granularity == "tensor":
+        return np.max(x, keepdims=True, initial=0.0)
+    columns = x.shape[-1] if granularity == "row" else granularity[1]
+    if x.shape[-1] == 0:
+        return np.zeros(scale_shape(x.shape, granularity))
+    starts = np.arange(0, x.shape[-1], columns)
+    return np.maximum.reduceat(x, starts, axis=-1)
+
+
 # --- Products -------------------------------------------------------------------------------------
 
 

@@ -4,8 +4,8 @@ A program for compute-sanitizer, which makes kernels many times slower:
 
   compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitize.py [WHAT ...]
 
-WHAT is "quantize" or an implementation of the product; all of them if nothing is said. It exits
-with 1 when a number is wrong. On a CPU it runs the loops of the host.
+WHAT is "quantize", "fused" or an implementation of the product; all of them if nothing is said.
+It exits with 1 when a number is wrong. On a CPU it runs the loops of the host.
 """
 
 import itertools
@@ -84,6 +84,54 @@ def check_quantize(granularity):
         ref.assert_same_bits(got.scale, want)
         ref.assert_same_bits(amax, ref.amax(x, granularity))
     return len(variants)
+
+
+# --- The fused producers --------------------------------------------------------------------------
+
+# Vector loads with whole and partial blocks and more rows than one wave; columns that leave packs
+# partial; rows longer than a thread block holds.
+FUSED_SHAPES = ((300, 264), (3, 131), (2, 16_520))
+
+
+def check_fused(producer):
+    """All types and granularities of one producer, dynamic and static, as one program."""
+    granularities = [g for g in ref.GRANULARITIES if g != (128, 128)]
+    variants = list(itertools.product(FUSED_SHAPES, ref.WIDE, granularities, (False, True)))
+    formats = itertools.cycle(ref.FP8)
+    variants = [(*variant, next(formats)) for variant in variants]
+    inputs, norm = [], producer.endswith("norm")
+    for shape, wide, granularity, static, _ in variants:
+        columns = shape[1] * (2 if producer == "swiglu" else 1)
+        x, residual = (rng.standard_normal((shape[0], columns)).astype(wide) for _ in range(2))
+        vectors = [rng.standard_normal(columns).astype(wide) for _ in range(2)]
+        scale = np.exp(rng.standard_normal(ref.scale_shape(shape, granularity)) - 4)
+        inputs.append((x, residual, vectors, scale.astype(np.float32) if static else None))
+    count = {"rms_norm": 1, "layer_norm": 2}.get(producer, 0)
+    function = getattr(jax_fp8, f"{producer}_quantize")
+
+    @jax.jit
+    def run(inputs):
+        results = []
+        for (x, residual, vectors, scale), (*_, granularity, _, dtype) in zip(
+            inputs, variants, strict=True
+        ):
+            options = {"dtype": dtype, "granularity": granularity, "scale": scale}
+            options["implementation"] = "kernel"
+            plain = function(x, *vectors[:count], **options)
+            added = function(x, *vectors[:count], residual=residual, **options) if norm else None
+            results.append((plain, added))
+        return results
+
+    for (plain, added), (x, residual, vectors, scale) in zip(run(inputs), inputs, strict=True):
+        options = {"eps": 1e-6, "implementation": "kernel"}
+        y, error = ref.fused(producer, x, *vectors[:count], **options)
+        ref.assert_quantized(plain, y, error, scale)
+        if norm:
+            total = (x.astype(np.float32) + residual.astype(np.float32)).astype(x.dtype)
+            ref.assert_same_bits(added[1], total)
+            y, error = ref.fused(producer, total, *vectors[:count], **options)
+            ref.assert_quantized(added[0], y, error, scale)
+    return len(variants) * (1 + norm)
 
 
 # --- scaled_matmul --------------------------------------------------------------------------------
@@ -224,13 +272,16 @@ def check_edges(implementation):
 def main(chosen):
     # Timing runs cublasLt in graphs, which compute-sanitizer seldom survives.
     jax_fp8.set_plan_choice("heuristic")
-    unknown = set(chosen) - {"quantize", *implementations()}
+    unknown = set(chosen) - {"quantize", "fused", *implementations()}
     if unknown:
         print(f"unknown: {', '.join(unknown)}", file=sys.stderr)
         return 2
     groups = []
     if not chosen or "quantize" in chosen:
         groups = [(f"quantize {g}", check_quantize, (g,)) for g in ref.GRANULARITIES]
+    if not chosen or "fused" in chosen:
+        producers = ("rms_norm", "layer_norm", "swiglu", "gelu")
+        groups += [(f"{p}_quantize", check_fused, (p,)) for p in producers]
     for implementation in implementations():
         if chosen and implementation not in chosen:
             continue

@@ -135,6 +135,42 @@ def quantize(
     return call(x, given, block_rows=np.int64(block[0]), block_cols=np.int64(block[1]))[:3]
 
 
+def fused_quantize(
+    operands: tuple[jax.Array | None, ...],
+    *,
+    producer: str,
+    eps: float,
+    dtype: Any,
+    block: tuple[int, int],
+    shape: tuple[int, ...],
+    scale_shape: tuple[int, ...],
+) -> Sequence[jax.Array]:
+    """Calls ``jax_fp8_fused_quantize``: the data of ``shape``, (B, R, C), its scale and the sum.
+
+    ``operands`` are x, the residual, the weight, the bias (both (1 or B, C)) and the static
+    scale, None where there is none. The sum of x and the residual is empty without a residual.
+    """
+    register()
+    x, residual, _, _, given = operands
+    assert x is not None
+    amax = (shape[0],) if given is None and block[0] == 0 else (0,)
+    results = (
+        _result(x, shape, dtype),
+        _result(x, scale_shape, jnp.float32),
+        _result(x, amax, jnp.float32),
+        _result(x, (0,) if residual is None else x.shape, x.dtype),
+    )
+    none = jnp.zeros((0,), jnp.float32)
+    data, scale, _, total = jax.ffi.ffi_call("jax_fp8_fused_quantize", results)(
+        *(none if operand is None else operand for operand in operands),
+        producer=producer,
+        eps=np.float32(eps),
+        block_rows=np.int64(block[0]),
+        block_cols=np.int64(block[1]),
+    )
+    return data, scale, total
+
+
 def scaled_matmul(
     operands: tuple[jax.Array, ...],
     *,

@@ -65,13 +65,13 @@ def _amax(x: jax.Array, granularity: Granularity) -> jax.Array:
     return absolute_max(x.reshape(tiles), axis=(-3, -1) if x.ndim > 1 else -1)
 
 
-def _reference(
+def reference(
     config: QuantizeConfig, x: jax.Array, scale: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The definition in plain JAX: the oracle of the tests, and what the CPU runs."""
     if config.batch_dims:
         inner = dataclasses.replace(config, batch_dims=config.batch_dims - 1)
-        return jax.vmap(functools.partial(_reference, inner))(x, scale)
+        return jax.vmap(functools.partial(reference, inner))(x, scale)
     wide = x.astype(jnp.float32)
     amax = _amax(wide, config.granularity)
     if not config.static:
@@ -118,7 +118,7 @@ def _xla(config: QuantizeConfig, x: jax.Array, scale: jax.Array) -> Any:
         dtypes=(x.dtype.name, config.dtype.name),
         granularity=config.granularity,
     )
-    return _reference(config, x, scale)
+    return reference(config, x, scale)
 
 
 def _local(config: QuantizeConfig, x: jax.Array, scale: jax.Array) -> Any:
@@ -159,14 +159,17 @@ def _operation(config: QuantizeConfig) -> Any:
     return jax.jit(differentiable, inline=True)
 
 
-def _static_scale(scale: Any, shape: tuple[int, ...], granularity: Granularity) -> jax.Array:
+def static_scale(
+    op: str, scale: Any, shape: tuple[int, ...], granularity: Granularity
+) -> jax.Array:
+    """Returns a given scale as float32 in the shape that data of ``shape`` needs, or raises."""
     scale = jnp.asarray(scale)
     if not jnp.issubdtype(scale.dtype, jnp.floating) or scale.dtype.itemsize > 4:
-        raise TypeError(f"quantize: scale must be float32, got {scale.dtype}")
+        raise TypeError(f"{op}: scale must be float32, got {scale.dtype}")
     want = scale_shape(shape, granularity)
     if scale.shape != want and not (granularity == "tensor" and scale.size == 1):
         raise ValueError(
-            f"quantize: scale of shape {scale.shape} does not fit x of shape {shape} with"
+            f"{op}: scale of shape {scale.shape} does not fit x of shape {shape} with"
             f" granularity {granularity!r}, which takes {want}"
         )
     return scale.astype(jnp.float32).reshape(want)
@@ -229,7 +232,7 @@ def quantize(
     if scale is None:  # a placeholder, so that there is one signature to batch and partition
         given = jnp.zeros((), jnp.float32)
     else:
-        given = _static_scale(scale, x.shape, granularity)
+        given = static_scale("quantize", scale, x.shape, granularity)
     data, new_scale, amax = _operation(config)(x, given)
     quantized = ScaledArray(data, new_scale, granularity)
     return (quantized, amax) if return_amax else quantized

@@ -1,0 +1,133 @@
+"""The fused producers on meshes of eight pretended devices, and inside of captured graphs."""
+
+import json
+import pathlib
+
+import pytest
+from cases import run_script
+from test_partition import MESH, run
+
+HERE = str(pathlib.Path(__file__).parent)
+
+FUNCTIONS = """
+def functions(implementation, granularity):
+    options = dict(granularity=granularity, implementation=implementation)
+    return [
+        lambda x, w: jax_fp8.rms_norm_quantize(x, w, **options),
+        lambda x, w: jax_fp8.rms_norm_quantize(x, w, residual=x, **options),
+        lambda x, w: jax_fp8.layer_norm_quantize(x, w, w, **options),
+        lambda x, w: jax_fp8.swiglu_quantize(x, **options),
+        lambda x, w: jax_fp8.gelu_quantize(x, **options),
+    ]
+
+x = rng.standard_normal((16, 64)).astype(np.float32)
+w = rng.standard_normal(64).astype(np.float32)
+"""
+
+
+def test_an_auto_mesh_gives_right_values():
+    """Sharded along rows and columns: XLA brings the parts of the operands together."""
+    run(
+        FUNCTIONS
+        + """
+mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+for granularity in ("tensor", "row"):
+    for function in functions("kernel", granularity):
+        want = jax.tree.map(np.asarray, function(x, w))
+        for axes in (("a",), (None, "b"), ("a", "b")):
+            operands = put(x, mesh, *axes), put(w, mesh, *axes[1:])
+            ref.assert_same_trees(jax.jit(function)(*operands), want)
+"""
+    )
+
+
+def test_a_sharded_operand_of_an_explicit_mesh_is_refused_and_a_replicated_one_taken():
+    printed = run(
+        FUNCTIONS
+        + """
+want = [jax.tree.map(np.asarray, function(x, w)) for function in functions("kernel", "row")]
+mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Explicit,))
+jax.set_mesh(mesh)
+for function, expected in zip(functions("kernel", "row"), want):
+    ref.assert_same_trees(jax.jit(function)(put(x, mesh), put(w, mesh)), expected)
+for function in functions(None, "row"):
+    print(message_of(function, put(x, mesh, "a"), put(w, mesh)))
+"""
+    )
+    names = ["rms_norm", "rms_norm", "layer_norm", "swiglu", "gelu"]
+    for line, name in zip(printed.splitlines(), names, strict=True):
+        assert line.startswith(f"NotImplementedError: {name}_quantize: operand ")
+        assert "jax.shard_map" in line
+
+
+@pytest.mark.parametrize("implementation", ["kernel", None])
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+def test_inside_of_shard_map_each_device_has_its_own_rows(implementation, axis_type):
+    printed = run(
+        FUNCTIONS
+        + f"""
+all_of_them = functions({implementation!r}, "tensor")
+wants = [
+    [jax.tree.map(np.asarray, jax.jit(function)(x[i:i + 2], w)) for i in range(0, 16, 2)]
+    for function in all_of_them
+]
+"""
+        + MESH.format(axis_type=axis_type)
+        + """
+for function, want in zip(all_of_them, wants):
+    got = sharded(function, (P("a"), P()), P("a"))(put(x, mesh, "a"), put(w, mesh))
+    parts = zip(*(np.split(np.asarray(leaf), 8) for leaf in jax.tree.leaves(got)))
+    for part, expected in zip(parts, want):
+        ref.assert_same_trees(part, tuple(jax.tree.leaves(expected)))
+    print(message_of(sharded(function, (P("a"), P()), P()), put(x, mesh, "a"), put(w, mesh)))
+"""
+    )
+    lines = [line for line in printed.splitlines() if "Error" in line or line == "no error"]
+    assert len(lines) == 5
+    for line in lines:
+        assert line.startswith("ValueError") and "out_specs" in line, line
+
+
+CHAIN = """
+import sys; sys.path.append({here!r})
+import hashlib, json
+import jax, jax.numpy as jnp, numpy as np
+import jax_fp8
+
+rng = np.random.default_rng(0)
+x = jnp.asarray(rng.standard_normal((33, 264)), jnp.bfloat16)
+w = jnp.asarray(rng.standard_normal(264), jnp.bfloat16)
+
+@jax.jit
+def chain(x, w):
+    results = []
+    for granularity in ("tensor", "row", (1, 128)):
+        options = dict(granularity=granularity, implementation="kernel")
+        y, x = jax_fp8.rms_norm_quantize(x, w, residual=x, **options)
+        results.append(y)
+        results.append(jax_fp8.layer_norm_quantize(x, w, w, **options))
+        results.append(jax_fp8.swiglu_quantize(x, **options))
+        results.append(jax_fp8.gelu_quantize(x, **options))
+        x = x + jax_fp8.dequantize(results[-1], jnp.bfloat16)
+    return x, results
+
+digests = set()
+for _ in range({runs}):
+    leaves = jax.tree.leaves(chain(x, w))
+    digests.add(hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest())
+    del leaves
+plans = [p for p in jax_fp8.plans() if p["when"] == "run"]
+print(json.dumps(dict(digests=sorted(digests), counts=[p["count"] for p in plans])))
+"""
+
+
+@pytest.mark.gpu
+def test_captured_or_not_the_bits_are_the_same():
+    runs = 20
+    captured, separate = (
+        json.loads(run_script(CHAIN.format(here=HERE, runs=runs), XLA_FLAGS=flags).splitlines()[-1])
+        for flags in ("", "--xla_gpu_enable_command_buffer=")
+    )
+    assert len(captured["digests"]) == 1 and captured["digests"] == separate["digests"]
+    assert separate["counts"] == [runs] * 12
+    assert max(captured["counts"]) <= runs // 4  # The first runs warm up and record.
