@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,9 +12,11 @@ from jax import lax
 from tqdm import tqdm
 
 import jax_fp8
-from benchmarks import tables, timing
+from benchmarks import operands, tables, timing, turns
 
 Row = dict[str, Any]
+KEYS = ("producer", "rows", "columns")
+REFERENCE = "copy"
 Shape = tuple[str, int, int]  # Producer, rows and columns of the result.
 
 #: Bytes of wide input and output for each element of the result, which itself takes one.
@@ -33,7 +34,6 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     "quick": _shapes(1, 8192),
     "all": _shapes(1, 16, 128, 2048, 8192),
 }
-SHAPES["llama"] = SHAPES["all"]
 
 #: Name in the rows -> (granularity, whether a scale is given). "unfused" and "copy" are apart.
 VARIANTS: dict[str, tuple[Any, bool]] = {
@@ -90,11 +90,6 @@ def _copy(weight: jax.Array, scale: jax.Array, x: jax.Array) -> jax.Array:
     return x + jnp.bfloat16(1)
 
 
-@jax.jit(static_argnums=1)
-def _random(seed: int, shape: tuple[int, ...]) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
-
-
 def _measure(shape: Shape) -> Iterator[Row]:
     """Times the variants of one producer on one shape."""
     producer, rows, columns = shape
@@ -104,10 +99,10 @@ def _measure(shape: Shape) -> Iterator[Row]:
     wide = (rows, columns * (2 if producer == "swiglu" else 1))
     count = 2 if producer.endswith("residual") else 1
     copies = timing.copies_for(2 * wide[0] * wide[1] * count, timing.calls_for(floor))
-    inputs = [tuple(_random(2 * i + j, wide) for j in range(count)) for i in range(copies)]
+    inputs = [tuple(operands.normal(2 * i + j, wide) for j in range(count)) for i in range(copies)]
     # As many bytes, half of them read.
-    copied = [(_random(i, (max(1, int(nbytes) // 4),)),) for i in range(copies)]
-    fixed = (_random(1, (columns,)), jnp.full((1, 1), 0.01, jnp.float32))
+    copied = [(operands.normal(i, (max(1, int(nbytes) // 4),)),) for i in range(copies)]
+    fixed = (operands.normal(1, (columns,)), jnp.full((1, 1), 0.01, jnp.float32))
     jobs: dict[str, tuple[Callable[..., Any], Any]] = {
         "copy": (_copy, copied),
         "unfused": (_unfused(producer), inputs),
@@ -120,15 +115,12 @@ def _measure(shape: Shape) -> Iterator[Row]:
             for call, rotated in jobs.values()
         ]
     )
-    for name, chains in zip(jobs, prepared, strict=True):
+    for name, found in zip(jobs, turns.by_turns(prepared), strict=True):
         row: Row = {"producer": producer, "rows": rows, "columns": columns, "variant": name}
-        try:
-            if isinstance(chains, Exception):
-                raise chains
-            time = chains.time()
-            row |= {**dataclasses.asdict(time), "gb_per_s": nbytes / time.us * 1e-3}
-        except Exception as error:  # One that cannot run must not lose the others.
-            row |= tables.failure(error)
+        if isinstance(found, Exception):
+            row |= tables.failure(found)
+        else:
+            row |= {**found, "gb_per_s": nbytes / found["us"] * 1e-3}
         yield row
 
 
@@ -137,7 +129,7 @@ def run(shapes: str = "all") -> list[dict[str, Any]]:
 
     Returns:
       A row for each producer, shape and variant: ``producer``, ``rows``, ``columns`` (of the
-      result), ``variant``, what ``timing.Timing`` states and ``gb_per_s`` (each wide array once,
+      result), ``variant``, what ``turns.by_turns`` states and ``gb_per_s`` (each wide array once,
       the codes once), or ``error``.
     """
     found: list[Row] = []
