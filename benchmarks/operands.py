@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -21,8 +22,11 @@ COMPARED = 64
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def normal(seed: int, shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> jax.Array:
-    """Normal values of a seed."""
-    return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+    """Normal values of a seed and a shape."""
+    # With the seed alone, rows of x would be rows of a weight of the same seed, and their products
+    # outliers.
+    key = jax.random.fold_in(jax.random.key(seed), math.prod(shape))
+    return jax.random.normal(key, shape, jnp.float32).astype(dtype)
 
 
 def wide(w: jax.Array) -> tuple[Any, ...]:

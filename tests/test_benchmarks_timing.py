@@ -16,6 +16,7 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
 from benchmarks import (
     heuristic,
     hlo,
+    nvcc,
     server,
     stamp,
     timing,
@@ -330,7 +331,7 @@ def test_native_program_that_cannot_be_built_says_why(monkeypatch, tmp_path):
 @pytest.mark.gpu
 def test_cublaslt_from_cpp():
     try:
-        heuristic.find_nvcc()
+        nvcc.find_nvcc()
     except server.Unavailable as error:
         pytest.skip(str(error))
     started = heuristic.start()
