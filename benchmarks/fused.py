@@ -146,17 +146,20 @@ def run(shapes: str = "all") -> list[dict[str, Any]]:
 def table(results: list[dict[str, Any]]) -> str:
     """The rows of ``run`` as Markdown: microseconds, and the row kernel against its neighbours."""
     names = ["copy", "unfused", *VARIANTS]
-    lines = [
-        f"| producer | shape | {' | '.join(names)} | row / copy | unfused / row |",
-        "|" + "---|" * (len(names) + 4),
-    ]
+    lines = []
     for (producer, *shape), group in tables.groups(
         results, ("producer", "rows", "columns")
     ).items():
-        cells = [tables.number(tables.value(group, name)) for name in names]
+        times = [tables.number(tables.value(group, name)) for name in names]
         ratios = [
             tables.number(tables.ratio(group, *pair), "{:.2f}")
             for pair in (("row", "copy"), ("unfused", "row"))
         ]
-        lines.append(f"| {producer} | {shape[0]} x {shape[1]} | {' | '.join(cells + ratios)} |")
-    return "\n".join(lines)
+        lines.append([producer, f"{shape[0]} x {shape[1]}", *times, *ratios])
+    title = (
+        "bf16 to E4M3 in us, by the scales of the result; shapes are those of the result. The copy"
+        " is x + 1 in bf16 over as many bytes; `unfused` is the producer by XLA and `quantize` by"
+        " row; `tensor_static` is given its scale."
+    )
+    header = ["producer", "shape", *names, "row / copy", "unfused / row"]
+    return tables.assemble([title, tables.markdown(header, lines)], tables.errors(results, KEYS))

@@ -32,11 +32,13 @@ def _nvidia_smi() -> str | None:
 
 def environment() -> dict[str, Any]:
     """What the figures depend on: device, versions, and the method's own settings."""
+    library = info()
+    library["plan_choice"].pop("file")  # A path of this machine says nothing about the figures.
     return {
         "device": jax.devices()[0].device_kind,
         "date_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "nvidia_smi": _nvidia_smi(),
-        "jax_fp8": info(),
+        "jax_fp8": library,
         "method": {
             "rotated_bytes": timing.ROTATED_BYTES,
             "chain_us": timing.CHAIN_US,

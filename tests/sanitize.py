@@ -216,10 +216,11 @@ def check_result(result, x, w, bias, activation):
 
 def check_wide(implementation, wide):
     """16-bit activations."""
+    shapes = SMALL_M_SHAPES if implementation == "small_m" else WIDE_SHAPES
     epilogues = itertools.cycle(itertools.product(BIASES, ACTIVATIONS, (ref.F32, wide)))
     variants = [
         (operand((n, k), dtype, "row"), rng.standard_normal((m, k)).astype(wide), *next(epilogues))
-        for (m, n, k), dtype in itertools.product(WIDE_SHAPES, ref.FP8)
+        for (m, n, k), dtype in itertools.product(shapes, ref.FP8)
     ]
     for w, x, bias, activation, out in variants:
         bias = None if bias is None else jnp.asarray(rng.standard_normal(w.shape[0]), bias)
