@@ -99,7 +99,9 @@ TAG_3.12 := cp312-abi3
 TAG_3.13 := cp312-abi3
 
 # An interpreter counts if it runs: a name on PATH may have no Python behind it.
-FOUND = $(foreach v,3.11 3.12 3.13,$(if $(shell python$(v) -c 'print(1)' 2>/dev/null),$(v)))
+# LEAVE_OUT=3.11 leaves one out.
+LEAVE_OUT ?=
+FOUND = $(foreach v,$(filter-out $(LEAVE_OUT),3.11 3.12 3.13),$(if $(shell python$(v) -c 'print(1)' 2>/dev/null),$(v)))
 MAX_WHEEL_BYTES := 20000000
 
 compat: $(FOUND:%=compat-%)

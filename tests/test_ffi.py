@@ -96,6 +96,8 @@ def registered(monkeypatch):
 
 
 ALL = [
+    ("jax_fp8_fused_quantize", "CUDA", ["execute"]),
+    ("jax_fp8_fused_quantize", "cpu", ["execute"]),
     ("jax_fp8_quantize", "CUDA", ["execute"]),
     ("jax_fp8_quantize", "cpu", ["execute"]),
     ("jax_fp8_scaled_matmul", "CUDA", ["execute", "initialize"]),
