@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks import roofline, tables
+from benchmarks import gpt, roofline, tables
 
 _COLORS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#787774")
 _MARKS = "osD^v*"
@@ -178,6 +178,39 @@ def _accuracy(figure: Any, rows: list[dict[str, Any]]) -> None:
     figure.axes[-1].legend(fontsize=8)
 
 
+def _gpt(figure: Any, rows: list[dict[str, Any]]) -> None:
+    """Loss curves, a panel for each problem, and the last of them against bf16's."""
+    problems = tables.groups([row for row in rows if row.get("losses")], gpt.KEYS)
+    panels = figure.subplots(1, 2 * len(problems), squeeze=False)[0] if problems else []
+    for group, curves, last in zip(problems.values(), panels[::2], panels[1::2], strict=True):
+        bf16 = group.get("bf16")
+        for i, (name, row) in enumerate(group.items()):
+            style = {"color": _COLORS[i % len(_COLORS)], "linewidth": 1.1, "label": name}
+            steps = [min((j + 1) * row["report"], row["steps"]) for j in range(len(row["losses"]))]
+            curves.plot(steps, row["losses"], **style)
+            curves.plot(
+                row["validated_at"],
+                row["validation_losses"],
+                _MARKS[0],
+                **{**style, "label": None},
+                markersize=4,
+            )
+            if bf16 and row is not bf16:
+                off = [
+                    100 * (a / b - 1) for a, b in zip(row["losses"], bf16["losses"], strict=True)
+                ]
+                last.plot(steps, off, **style)
+        first = next(iter(group.values()))
+        curves.set_title(f"{first['preset']}: loss (points: held out)", fontsize=9)
+        curves.set_ylabel("nats a byte")
+        curves.legend(fontsize=7)
+        last.set_title("loss over bf16's on the same batches", fontsize=9)
+        last.set_ylabel("%")
+        last.axhline(0, color="0.6", linewidth=1)
+        for axes in (curves, last):
+            axes.set_xlabel("steps")
+
+
 #: Name of the results -> what draws them into a figure.
 DRAWINGS = {
     "gemm": _gemm,
@@ -186,6 +219,7 @@ DRAWINGS = {
     "weight_only": _weight_only,
     "quantize": _quantize,
     "accuracy": _accuracy,
+    "gpt": _gpt,
 }
 
 

@@ -21,7 +21,7 @@ import pkgutil
 from types import ModuleType
 
 #: What comes first, if a run does not come to its end.
-_FIRST = ("ceilings", "gemm", "peers", "mlp", "quantize", "weight_only", "host")
+_FIRST = ("ceilings", "gemm", "peers", "mlp", "quantize", "weight_only", "training", "host")
 #: Programs that a benchmark starts in a process of their own, where alone they can be imported.
 _PROGRAMS = ("__main__", "torch_peers")
 

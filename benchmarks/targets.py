@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks import peers, tables
+from benchmarks import gpt, peers, tables, training
 
 Row = dict[str, Any]
 Problems = dict[tuple[Any, ...], tables.Group]
@@ -157,6 +157,54 @@ def _compile(problems: Problems) -> Iterator[Verdict]:
         yield Verdict(f"compile {_size(key)}, ms until the first result more than bf16", more, 500)
 
 
+#: (M, N, K) -> recipe -> how many times as fast as bf16 value and gradients of the layer are.
+_STEP_SPEEDUPS = {
+    (8192, 14336, 4096): {"tensorwise": 1.75, "rowwise": 1.75, "delayed": 1.8},
+    (4096, 4096, 4096): {"tensorwise": 1.4, "rowwise": 1.4, "delayed": 1.4},
+}
+
+
+def _training(problems: Problems) -> Iterator[Verdict]:
+    for key, bounds in _STEP_SPEEDUPS.items():
+        group = problems.get((training.STEP, *key), {})
+        for name, bound in bounds.items():
+            over = tables.ratio(group, "bf16", name)
+            what = f"training {_size(key)}, bf16 over {name}"
+            yield Verdict(what, over, bound, at_most=False)
+            over = tables.ratio(group, name, "flax_direct")
+            yield Verdict(f"training {_size(key)}, {name} over flax's direct", over, 1.0)
+    group = problems.get((training.STEP, *next(iter(_STEP_SPEEDUPS))), {})
+    for name in training.NARROW:
+        ours, wide = (tables.value(group, v, "activation_bytes") for v in (name, "bf16"))
+        share = ours / wide if ours and wide else None
+        yield Verdict(f"training, {name}: what is kept of x over bf16's", share, 0.6)
+
+
+#: Recipe -> how much more than bf16's, in %, the GPT's last loss may be.
+_LOSSES = {"rowwise": 0.5, "tensorwise": 1.0}
+#: Preset of the GPT -> how many times as fast as bf16's its step is.
+_GPT_SPEEDUPS = {"100m": 1.0, "wide": 1.5}
+
+
+def _gpt(problems: Problems) -> Iterator[Verdict]:
+    for preset, bound in _GPT_SPEEDUPS.items():
+        found = [group for key, group in problems.items() if key[0] == preset]
+        for group in found or [{}]:
+            for name, most in _LOSSES.items():
+                row = group.get(name, {})
+                over = gpt.speedup(row)
+                yield Verdict(f"GPT {preset}, bf16 over {name}", over, bound, at_most=False)
+                over = gpt.step_ratio(group, name, "flax_direct")
+                yield Verdict(f"GPT {preset}, {name} over flax's direct", over, 1.0)
+                if preset != "100m":
+                    continue
+                for figure in ("training_loss", "validation_loss"):
+                    off = gpt.off_percent(group, name, figure)
+                    what = f"GPT {preset}, {name}: {figure.replace('_', ' ')} over bf16's, %"
+                    yield Verdict(what, off, most)
+                yield Verdict(f"GPT {preset}, {name}: steps", row.get("steps"), 1000, at_most=False)
+
+
 CHECKS: dict[str, Callable[[Problems], Iterator[Verdict]]] = {
     "gemm": _gemm,
     "quantize": _quantize,
@@ -166,6 +214,8 @@ CHECKS: dict[str, Callable[[Problems], Iterator[Verdict]]] = {
     "host": _host,
     "fused": _fused,
     "compile": _compile,
+    "training": _training,
+    "gpt": _gpt,
 }
 
 

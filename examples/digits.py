@@ -2,6 +2,7 @@
 
 Trains a small Flax network in float32 on the 1,797 images that scikit-learn ships. Then runs its
 dense layers through `jax_fp8.matmul` with each of the named recipes, and shows what FP8 changed.
+Last, trains the same network in FP8.
 
     python examples/digits.py [--epochs 30] [--seed 0] [--out digits.png]
 """
@@ -19,10 +20,11 @@ from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
-import jax_fp8
+import jax_fp8.nnx
 
 # Recipes, with the granularity of the weights: what shares a scale.
 RECIPES = {"tensorwise": "tensor", "rowwise": "row", "blockwise": (128, 128)}
+TRAINED_WITH = "rowwise"
 
 
 class Network(nnx.Module):
@@ -55,7 +57,7 @@ def forward_fp8(weights, x, recipe):
     return x
 
 
-# --- Training, in float32 -------------------------------------------------------------------------
+# --- Training -------------------------------------------------------------------------------------
 
 
 @nnx.jit
@@ -68,11 +70,13 @@ def train_step(network, optimizer, x, y):
     return loss
 
 
-def train(x, y, epochs, seed, batch=64):
+def train(x, y, epochs, seed, recipe=None, batch=64):
     network = Network(nnx.Rngs(seed))
+    if recipe is not None:  # All that it takes to train in FP8.
+        network = jax_fp8.nnx.convert(network, recipe=recipe)
     optimizer = nnx.Optimizer(network, optax.adam(1e-3), wrt=nnx.Param)
     rng = np.random.default_rng(seed)
-    for _ in (bar := tqdm(range(epochs), desc="training in float32", unit="epoch")):
+    for _ in (bar := tqdm(range(epochs), desc=f"training in {recipe or 'float32'}", unit="epoch")):
         order = rng.permutation(len(x))[: len(x) // batch * batch].reshape(-1, batch)
         losses = [train_step(network, optimizer, x[i], y[i]) for i in order]
         bar.set_postfix(loss=f"{np.mean(losses):.4f}")
@@ -179,6 +183,9 @@ def main(argv=None):
         rows.append(compare(recipe, logits, reference, y[test], narrow, what_ran()))
 
     print_table(rows)
+    trained = train(x[training], y[training], options.epochs, options.seed, TRAINED_WITH)
+    accuracy = np.mean(nnx.jit(Network.__call__)(trained, x[test]).argmax(-1) == y[test])
+    print(f"\ntrained in FP8, {TRAINED_WITH}: accuracy {accuracy:.2%}")
     device = logits.device
     print(f"\ndevice: {device.device_kind} ({device}); `jax-fp8 info` says more")
     if device.platform == "cpu":

@@ -115,8 +115,9 @@ __host__ __device__ inline float inverse_scale(float scale) {
   return finite ? inverse : bits_float(0x7fc00000u);
 }
 
-// max(amax / max, 2^-126); 1 for an amax of 0, NaN for one that is not finite.
-__host__ __device__ inline float dynamic_scale(float amax, Type type) {
+// max(amax / max, 2^-126), which may be rounded up to a power of two; 1 for an amax of 0, NaN for
+// one that is not finite.
+__host__ __device__ inline float dynamic_scale(float amax, Type type, bool power_of_two = false) {
   if (amax == 0.0f) return 1.0f;
   if ((float_bits(amax) & 0x7f800000u) == 0x7f800000u) return bits_float(0x7fc00000u);
   // Both formats' max is 7 * 2^k. One Newton step, whose residual is exact, rounds the division by
@@ -125,7 +126,9 @@ __host__ __device__ inline float dynamic_scale(float amax, Type type) {
   const float residual = fmaf(-7.0f, quotient, amax);
   const float scale = fmaf(residual, 1.0f / 7.0f, quotient) * (7.0f / fp8_max(type));
   const float smallest = bits_float(1u << 23);
-  return scale < smallest ? smallest : scale;
+  const float limited = scale < smallest ? smallest : scale;
+  // A carry out of the mantissa is the next binade.
+  return power_of_two ? bits_float((float_bits(limited) + 0x7fffffu) & 0xff800000u) : limited;
 }
 
 // One byte to float, exactly.

@@ -8,6 +8,8 @@ namespace jax_fp8 {
 
 using Stages = std::map<std::string, void*>;
 
+Stages cast_transpose_cpu_stages();
+Stages cast_transpose_cuda_stages();
 Stages fused_quantize_cpu_stages();
 Stages fused_quantize_cuda_stages();
 Stages quantize_cpu_stages();

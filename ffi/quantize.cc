@@ -16,7 +16,8 @@ constexpr char kName[] = "jax_fp8_quantize";
 using Result = xffi::Result<xffi::AnyBuffer>;
 
 xffi::Error make(xffi::AnyBuffer x, xffi::AnyBuffer given, Result data, Result scale, Result amax,
-                 Result scratch, int64_t block_rows, int64_t block_cols, Quantize* q) {
+                 Result scratch, int64_t block_rows, int64_t block_cols, bool power_of_two,
+                 Quantize* q) {
   if (!to_type(x.element_type(), &q->x_type) || is_fp8(q->x_type) || dims(x).size() != 3) {
     return invalid(kName,
                    ": x must be (batch, rows, columns) of float32, bfloat16 or float16, got ",
@@ -48,6 +49,10 @@ xffi::Error make(xffi::AnyBuffer x, xffi::AnyBuffer given, Result data, Result s
     return invalid(kName, ": the amax must have the shape of the scale ", describe(*scale),
                    ", got ", describe(*amax));
   }
+  if (is_static && power_of_two) {
+    return invalid(kName, ": power_of_two is for dynamic scales, and a scale is given");
+  }
+  q->power_of_two = power_of_two;
   q->batch = shape[0];
   q->rows = shape[1];
   q->cols = shape[2];
@@ -81,11 +86,11 @@ void note_quantize(const Quantize& q, const char* platform) {
 }
 
 xffi::Error cpu(xffi::AnyBuffer x, xffi::AnyBuffer given, Result data, Result scale, Result amax,
-                Result scratch, int64_t block_rows, int64_t block_cols) {
+                Result scratch, int64_t block_rows, int64_t block_cols, bool power_of_two) {
   return guarded(kName, [&] {
     Quantize q{};
     const xffi::Error error =
-        make(x, given, data, scale, amax, scratch, block_rows, block_cols, &q);
+        make(x, given, data, scale, amax, scratch, block_rows, block_cols, power_of_two, &q);
     if (error.failure()) return error;
     note_quantize(q, "cpu");
     quantize_host(q);
@@ -95,11 +100,11 @@ xffi::Error cpu(xffi::AnyBuffer x, xffi::AnyBuffer given, Result data, Result sc
 
 xffi::Error cuda(cudaStream_t stream, int32_t ordinal, xffi::AnyBuffer x, xffi::AnyBuffer given,
                  Result data, Result scale, Result amax, Result scratch, int64_t block_rows,
-                 int64_t block_cols) {
+                 int64_t block_cols, bool power_of_two) {
   return guarded(kName, [&] {
     Quantize q{};
     const xffi::Error error =
-        make(x, given, data, scale, amax, scratch, block_rows, block_cols, &q);
+        make(x, given, data, scale, amax, scratch, block_rows, block_cols, power_of_two, &q);
     if (error.failure()) return error;
     note_quantize(q, "cuda");
     if (!has_scales(q)) return xffi::Error::Success();  // Nothing to write.
@@ -119,7 +124,8 @@ auto bind_buffers(Binding binding) {
       .template Ret<xffi::AnyBuffer>()
       .template Ret<xffi::AnyBuffer>()
       .template Attr<int64_t>("block_rows")
-      .template Attr<int64_t>("block_cols");
+      .template Attr<int64_t>("block_cols")
+      .template Attr<bool>("power_of_two");
 }
 
 }  // namespace
@@ -143,7 +149,8 @@ void quantize_host(const Quantize& q) {
           bits = std::max(bits, float_bits(load_as_float(q.x, q.x_type, i)) & 0x7fffffffu);
         });
         const float amax = bits_float(bits);
-        const float scale = q.given != nullptr ? q.given[index] : dynamic_scale(amax, q.data_type);
+        const float scale =
+            q.given != nullptr ? q.given[index] : dynamic_scale(amax, q.data_type, q.power_of_two);
         q.scale[index] = scale;
         if (q.amax != nullptr) q.amax[index] = amax;
         const float inverse = inverse_scale(scale);

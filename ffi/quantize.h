@@ -19,6 +19,7 @@ struct Quantize {
   float* scale;
   float* amax;        // May be null with static scales.
   uint32_t* scratch;  // kScratchWords of any content; may be null where there is no need.
+  bool power_of_two;  // Dynamic scales are rounded up to one.
 };
 
 // The thread blocks of a tensor whose scale is sought tell each other their amax.

@@ -75,8 +75,9 @@ inline cudaError_t device_attribute(cudaDeviceAttr attribute, int* value) {
 
 // The inverse of a group's scale; one thread of the group writes the scale and the amax.
 __device__ inline float scale_group(const Quantize& q, int64_t index, uint32_t amax, bool writes) {
-  const float scale =
-      q.given != nullptr ? q.given[index] : dynamic_scale(__uint_as_float(amax), q.data_type);
+  const float scale = q.given != nullptr
+                          ? q.given[index]
+                          : dynamic_scale(__uint_as_float(amax), q.data_type, q.power_of_two);
   if (writes) {
     q.scale[index] = scale;
     if (q.amax != nullptr) q.amax[index] = __uint_as_float(amax);

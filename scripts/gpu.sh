@@ -61,7 +61,7 @@ run_sanitize() {
     case $tool in racecheck | synccheck) barriers=(--num-cuda-barriers 20000) ;; esac
     # cublasLt apart: over its kernels the compute-sanitizer of CUDA 13.0 crashes more often than not,
     # and more often where they run in captured graphs, so XLA makes none here.
-    for what in quantize fused small_m decode naive cublaslt; do
+    for what in quantize cast_transpose fused small_m decode naive cublaslt; do
       # The platform's allocator makes one allocation of each buffer, so that an access beyond a
       # buffer is one that memcheck sees.
       {

@@ -83,8 +83,11 @@ def amax(x, granularity):
     return out
 
 
-def dynamic_scale(amax, dtype):
+def dynamic_scale(amax, dtype, power_of_two=False):
     scale = np.maximum(amax / fp8_max(dtype), SMALLEST_NORMAL)
+    if power_of_two:
+        mantissa, exponent = np.frexp(scale)  # The mantissa of a power of two is 1/2.
+        scale = np.ldexp(np.float32(1), exponent - (mantissa == 0.5)).astype(np.float32)
     return np.where(amax == 0, np.float32(1), np.where(np.isfinite(amax), scale, np.float32("nan")))
 
 
@@ -101,13 +104,60 @@ def round_saturate(x, factor, dtype):
         return np.where(np.isinf(x), np.float32("nan"), scaled).astype(dtype)
 
 
-def quantize(x, dtype, granularity, scale=None):
-    """The data and the scale that quantize must give, bit for bit."""
+def quantize(x, dtype, granularity, scale=None, power_of_two=False, bits=None):
+    """The data and the scale that quantize must give, bit for bit; with bits, stochastically."""
     x = np.asarray(x).astype(np.float32)
     if scale is None:
-        scale = dynamic_scale(amax(x, granularity), dtype)
+        scale = dynamic_scale(amax(x, granularity), dtype, power_of_two)
     scale = np.asarray(scale, np.float32).reshape(scale_shape(x.shape, granularity))
-    return round_saturate(x, expand(inverse(scale), x.shape, granularity), dtype), scale
+    factor = expand(inverse(scale), x.shape, granularity)
+    if bits is not None:
+        return round_stochastic(x, factor, bits, dtype), scale
+    return round_saturate(x, factor, dtype), scale
+
+
+# --- Stochastic rounding --------------------------------------------------------------------------
+
+
+def threefry(key, high, low):
+    """Threefry-2x32 with 20 rounds, from the paper: Salmon et al., SC 2011."""
+    key = [np.uint32(word) for word in key]
+    key.append(np.uint32(0x1BD11BDA) ^ key[0] ^ key[1])
+    a, b = (np.array(word, np.uint32, ndmin=1) for word in (high, low))
+    with np.errstate(over="ignore"):
+        a, b = a + key[0], b + key[1]
+        for i in range(20):
+            rotation = np.uint32((13, 15, 26, 6, 17, 29, 16, 24)[i % 8])
+            a = a + b
+            b = (b << rotation | b >> (np.uint32(32) - rotation)) ^ a
+            if i % 4 == 3:
+                step = i // 4 + 1
+                a, b = a + key[step % 3], b + key[(step + 1) % 3] + np.uint32(step)
+    return a, b
+
+
+def random_bits(key, shape):
+    """16 bits for each element: four in a row share a counter."""
+    index = np.arange(math.prod(shape), dtype=np.uint64)
+    counter = index // np.uint64(4)
+    high, low = (counter >> np.uint64(32)), counter & np.uint64(0xFFFFFFFF)
+    words = threefry(key, high.astype(np.uint32), low.astype(np.uint32))
+    word = np.where(index & np.uint64(2), words[1], words[0])
+    half = np.where(index & np.uint64(1), word >> np.uint32(16), word & np.uint32(0xFFFF))
+    return half.astype(np.uint32).reshape(shape)
+
+
+def round_stochastic(x, factor, bits, dtype):
+    """Down to a multiple of the distance of codes, after 16 bits below it have been added."""
+    info = ml_dtypes.finfo(dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = (x * factor).astype(np.float32)
+        magnitude = np.minimum(np.abs(scaled), fp8_max(dtype))
+        _, exponent = np.frexp(np.maximum(magnitude, np.float32(info.smallest_normal)))
+        unit = np.ldexp(1.0, exponent - 1 - info.nmant)
+        total = (magnitude / unit).astype(np.float32) + (bits * 2.0**-16).astype(np.float32)
+        rounded = np.copysign(np.floor(total) * unit, scaled)
+        return np.where(np.isinf(x) | np.isnan(scaled), np.nan, rounded).astype(dtype)
 
 
 def values(x):

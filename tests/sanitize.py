@@ -4,7 +4,8 @@ A program for compute-sanitizer, which makes kernels many times slower:
 
   compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitize.py [WHAT ...]
 
-WHAT is "quantize", "fused" or an implementation of the product; all of them if nothing is said.
+WHAT is "quantize", "cast_transpose", "fused" or an implementation of the product; all of them if
+nothing is said.
 It exits with 1 when a number is wrong. On a CPU it runs the loops of the host.
 """
 
@@ -83,6 +84,61 @@ def check_quantize(granularity):
         ref.assert_same_bits(got.data, data)
         ref.assert_same_bits(got.scale, want)
         ref.assert_same_bits(amax, ref.amax(x, granularity))
+    return len(variants)
+
+
+# --- cast_transpose -------------------------------------------------------------------------------
+
+# Edges of tiles in vectors on either side; single bytes; words of four; more than a band of tiles.
+CAST_SHAPES = ((2, 130, 264), (144, 264), (2, 3, 131), (132, 61), (1300, 136))
+KEY = np.array([1, 2], np.uint32)
+
+
+def check_cast_transpose(granularity):
+    """All types of one granularity, rounded both ways, as one program."""
+    modes = ["dynamic", "stochastic", "transposed", *["static"] * (granularity == "tensor")]
+    variants = list(itertools.product(CAST_SHAPES, ref.WIDE, modes))
+    formats = itertools.cycle(ref.FP8)
+    variants = [(*variant, next(formats)) for variant in variants]
+    xs = [rng.standard_normal(shape).astype(wide) for shape, wide, _, _ in variants]
+
+    @jax.jit
+    def run(xs):
+        return [
+            jax_fp8.cast_transpose(
+                x,
+                dtype=dtype,
+                granularity=granularity,
+                scale=0.01 if mode == "static" else None,
+                power_of_two=mode == "transposed",
+                key=KEY if mode == "stochastic" else None,
+                straight=mode != "transposed",
+                return_amax=granularity == "tensor",
+                implementation="kernel",
+            )
+            for x, (_, _, mode, dtype) in zip(xs, variants, strict=True)
+        ]
+
+    for (straight, transposed, *amax), x, (_, _, mode, dtype) in zip(
+        run(xs), xs, variants, strict=True
+    ):
+        scale = np.float32(0.01) if mode == "static" else None
+        bits = ref.random_bits(KEY, x.shape) if mode == "stochastic" else None
+        for layout, turn in ((straight, np.asarray), (transposed, lambda a: a.swapaxes(-1, -2))):
+            if layout is None:
+                continue
+            data, want = ref.quantize(
+                turn(x),
+                dtype,
+                granularity,
+                scale,
+                mode == "transposed",
+                None if bits is None else turn(bits),
+            )
+            ref.assert_same_bits(layout.data, data)
+            ref.assert_same_bits(layout.scale, want)
+        if amax:
+            ref.assert_same_bits(amax[0], ref.amax(x, granularity))
     return len(variants)
 
 
@@ -273,13 +329,15 @@ def check_edges(implementation):
 def main(chosen):
     # Timing runs cublasLt in graphs, which compute-sanitizer seldom survives.
     jax_fp8.set_plan_choice("heuristic")
-    unknown = set(chosen) - {"quantize", "fused", *implementations()}
+    unknown = set(chosen) - {"quantize", "cast_transpose", "fused", *implementations()}
     if unknown:
         print(f"unknown: {', '.join(unknown)}", file=sys.stderr)
         return 2
     groups = []
     if not chosen or "quantize" in chosen:
         groups = [(f"quantize {g}", check_quantize, (g,)) for g in ref.GRANULARITIES]
+    if not chosen or "cast_transpose" in chosen:
+        groups += [(f"cast_transpose {g}", check_cast_transpose, (g,)) for g in ref.GRANULARITIES]
     if not chosen or "fused" in chosen:
         producers = ("rms_norm", "layer_norm", "swiglu", "gelu")
         groups += [(f"{p}_quantize", check_fused, (p,)) for p in producers]

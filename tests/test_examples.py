@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -49,6 +50,12 @@ def test_digits_in_fp8_is_as_accurate_as_in_float32(demo, recipe):
     assert 0.002 * deviation < fp8["rms"] < 0.1 * deviation
     # A quarter of float32, and the scales: at most a float32 for each of the 522 rows.
     assert reference["bytes"] / 4 < fp8["bytes"] <= reference["bytes"] / 4 + 522 * 4
+
+
+def test_digits_trains_in_fp8(demo):
+    _, printed, _ = demo
+    (said,) = re.findall(r"trained in FP8, rowwise: accuracy ([\d.]+)%", printed)
+    assert float(said) > 95
 
 
 def test_digits_says_what_ran_and_where(demo):

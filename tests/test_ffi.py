@@ -96,6 +96,8 @@ def registered(monkeypatch):
 
 
 ALL = [
+    ("jax_fp8_cast_transpose", "CUDA", ["execute"]),
+    ("jax_fp8_cast_transpose", "cpu", ["execute"]),
     ("jax_fp8_fused_quantize", "CUDA", ["execute"]),
     ("jax_fp8_fused_quantize", "cpu", ["execute"]),
     ("jax_fp8_quantize", "CUDA", ["execute"]),
@@ -222,6 +224,7 @@ def quantize_call(**changed):
         "amax": ((2, 3, 1), jnp.float32),
         "scratch": ((0,), jnp.uint32),
         "block": (1, 0),
+        "power_of_two": False,
         **changed,
     }
     ffi.register()
@@ -233,6 +236,7 @@ def quantize_call(**changed):
         jnp.asarray(given["scale"]),
         block_rows=np.int64(rows),
         block_cols=np.int64(columns),
+        power_of_two=given["power_of_two"],
     )
 
 
@@ -297,6 +301,10 @@ TENSOR = {"block": (0, 0), "new_scale": ((2, 1, 1), F32), "amax": ((2, 1, 1), F3
         ({"new_scale": ((2, 3, 1), BF16)}, r"the scale must be .*got bfloat16\[2,3,1\]"),
         ({"scale": np.ones((1,), np.float32)}, r"a static scale must have .*got float32\[1\]"),
         ({"scale": np.ones((2, 3, 1), BF16)}, r"a static scale must .*got bfloat16\[2,3,1\]"),
+        (
+            {"scale": np.ones((2, 3, 1), np.float32), "power_of_two": True},
+            "power_of_two is for dynamic scales",
+        ),
         ({"amax": ((0,), F32)}, r"the amax must have the shape .*got float32\[0\]"),
         ({"amax": ((2, 3, 1), jnp.int32)}, r"the amax must have .*got dtype \d+\[2,3,1\]"),
         (

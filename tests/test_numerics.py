@@ -46,6 +46,13 @@ def test_dynamic_scale_is_rounded_to_nearest(handlers, rng, dtype):
 
 
 @pytest.mark.parametrize("dtype", ref.FP8, ids=pair_id)
+def test_dynamic_scale_is_rounded_up_to_a_power_of_two(handlers, rng, dtype):
+    amax = np.concatenate([magnitudes(rng, SMALLEST, LARGEST), np.float32([0, np.nan, np.inf])])
+    got = jax.jit(lambda amax: numerics.dynamic_scale(amax, dtype, power_of_two=True))(amax)
+    ref.assert_same_bits(got, ref.dynamic_scale(amax, dtype, power_of_two=True))
+
+
+@pytest.mark.parametrize("dtype", ref.FP8, ids=pair_id)
 def test_the_largest_value_of_a_dynamic_scale_is_the_largest_code(handlers, rng, dtype):
     amax = magnitudes(rng, 2.0**-100, LARGEST)
 

@@ -209,3 +209,49 @@ print(message_of(replicated, put(wide, mesh), put(scales, mesh, "a")))
         assert printed.startswith("ValueError") and "out_specs" in printed
     else:
         assert printed.strip() == "no error"
+
+
+@pytest.mark.parametrize("recipe", ["rowwise", "blockwise"])
+def test_gradients_in_shard_map(recipe):
+    """Data parallel: each device's product has scales of its own, and dw is the sum over devices."""
+    run(
+        f"""
+        mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+        dims = (((1,), (0,)), ((), ()))
+        x = rng.integers(-3, 4, (8 * 16, 32)).astype(np.float32)
+        w = rng.standard_normal((32, 24)).astype(np.float32)
+
+        def loss(x, w):
+            return jnp.sum(jax_fp8.dot_general(x, w, dims, recipe={recipe!r}) ** 2)
+
+        def local(x, w):
+            return jax.lax.psum(loss(x, w), "d")
+
+        sharded = jax.shard_map(local, mesh=mesh, in_specs=(P("d"), P()), out_specs=P())
+        dx, dw = jax.jit(jax.grad(sharded, (0, 1)))(x, w)
+        parts = [jax.grad(loss, (0, 1))(part, w) for part in np.split(x, 8)]
+        ref.assert_same_bits(dx, np.concatenate([part[0] for part in parts]))
+        np.testing.assert_allclose(dw, sum(part[1] for part in parts), rtol=1e-5, atol=1e-5)
+        """
+    )
+
+
+def test_gradients_on_an_auto_mesh():
+    run(
+        """
+        mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+        dims = (((1,), (0,)), ((), ()))
+        x = rng.standard_normal((16, 32)).astype(np.float32)
+        w = rng.standard_normal((32, 24)).astype(np.float32)
+
+        @jax.jit
+        def gradients(x, w):
+            return jax.grad(
+                lambda x, w: jnp.sum(jax_fp8.dot_general(x, w, dims, recipe="rowwise") ** 2), (0, 1)
+            )(x, w)
+
+        got = gradients(put(x, mesh, "a", "b"), put(w, mesh, "b", None))
+        for one, other in zip(got, gradients(x, w), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
+        """
+    )

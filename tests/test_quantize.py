@@ -164,6 +164,11 @@ def test_a_scale_that_does_not_fit_raises(granularity, shape):
         jax_fp8.quantize(jnp.ones((2, 200, 200)), granularity=granularity, scale=jnp.ones(shape))
 
 
+def test_a_scale_and_power_of_two_raise():
+    with pytest.raises(ValueError, match="quantize: power_of_two is for dynamic scales"):
+        jax_fp8.quantize(jnp.ones((2, 3)), scale=1.0, power_of_two=True)
+
+
 def test_differentiation_raises(quantizer):
     def total(x):
         return jax_fp8.dequantize(jax_fp8.quantize(x, implementation=quantizer)).sum()

@@ -143,6 +143,27 @@ def test_more_than_one_step_of_the_largest_grid(rng, size, wide):
     check(sample(rng, "normal", (size,)).astype(wide), ref.E4M3, "tensor", "kernel")
 
 
+@every()
+@pytest.mark.parametrize("shape", [(3, 5), (2, 130, 264)], ids=pair_id)
+def test_powers_of_two(quantizer, rng, granularity, dtype, shape):
+    x = sample(rng, "heavy", shape)
+    x[..., 1, 3] = ref.fp8_max(dtype) * 2.0**10  # A scale that is one already.
+    x[..., 2, :] = 0
+    got, amax = jax_fp8.quantize(
+        x,
+        dtype=dtype,
+        granularity=granularity,
+        power_of_two=True,
+        return_amax=True,
+        implementation=quantizer,
+    )
+    data, scale = ref.quantize(x, dtype, granularity, power_of_two=True)
+    assert (np.frexp(scale)[0] == 0.5).all()
+    ref.assert_same_bits(got.scale, scale)
+    ref.assert_same_bits(got.data, data)
+    ref.assert_same_bits(amax, ref.amax(x, granularity))
+
+
 # --- Zero, subnormal, NaN, Inf --------------------------------------------------------------------
 
 

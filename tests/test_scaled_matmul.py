@@ -9,6 +9,7 @@ from cases import codes, operand, pair_id, scaled
 from jax.lax import Precision
 
 import jax_fp8
+from jax_fp8._src.epilogue import activate
 
 FP8_OUT = {"preferred_element_type": jnp.float8_e4m3fn, "output_scale": 0.5}
 
@@ -196,12 +197,34 @@ def test_vmap_raises(implementation, x, w):
         multiply(x, w)
 
 
-def test_differentiation_raises(implementation, x, w):
+def test_operands_are_not_differentiated(implementation, x, w):
     def total(scale):
         other = jax_fp8.ScaledArray(x.data, scale, "tensor")
         return jax_fp8.scaled_matmul(
             other, w, implementation=implementation, preferred_element_type=jnp.float32
         ).sum()
 
-    with pytest.raises(NotImplementedError, match="scaled_matmul, matmul: differentiation is not"):
+    with pytest.raises(TypeError, match="scaled_matmul: a ScaledArray cannot be differentiated"):
         jax.grad(total)(x.scale)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_the_gradient_of_the_bias(implementation, x, w, activation):
+    bias = jnp.linspace(-1.0, 1.0, w.shape[0])
+    dy = jnp.linspace(-1.0, 1.0, x.shape[0] * w.shape[0]).reshape(x.shape[0], -1)
+
+    def call(bias):
+        return jax_fp8.scaled_matmul(
+            *(x, w),
+            bias=bias,
+            activation=activation,
+            implementation=implementation,
+            preferred_element_type=jnp.float32,
+        )
+
+    def exact(bias):
+        sums = jnp.asarray(ref.product(x, w)[0], jnp.float32)
+        return activate(sums + bias, activation)
+
+    got, want = (jax.vjp(f, bias)[1](dy)[0] for f in (call, exact))
+    np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-3)

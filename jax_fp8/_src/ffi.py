@@ -118,6 +118,7 @@ def quantize(
     block: tuple[int, int],
     scale_shape: tuple[int, ...],
     amax: bool,
+    power_of_two: bool,
 ) -> Sequence[jax.Array]:
     """Calls ``jax_fp8_quantize``: (B, R, C) to the data, the scale and the amax.
 
@@ -132,7 +133,59 @@ def quantize(
         _result(x, (QUANTIZE_SCRATCH_WORDS if scale is None and not block[0] else 0,), jnp.uint32),
     )
     call = jax.ffi.ffi_call("jax_fp8_quantize", results)
-    return call(x, given, block_rows=np.int64(block[0]), block_cols=np.int64(block[1]))[:3]
+    return call(
+        x,
+        given,
+        block_rows=np.int64(block[0]),
+        block_cols=np.int64(block[1]),
+        power_of_two=power_of_two,
+    )[:3]
+
+
+def cast_transpose(
+    x: jax.Array,
+    scale: jax.Array | None,
+    key: jax.Array | None,
+    *,
+    entries: int,
+    dtype: Any,
+    block: tuple[int, int],
+    scale_shapes: tuple[tuple[int, ...], tuple[int, ...]],
+    layouts: tuple[bool, bool],
+    power_of_two: bool,
+    amax: bool,
+) -> Sequence[jax.Array]:
+    """Calls ``jax_fp8_cast_transpose``: (B, R, C) to itself and to (B, C, R), scales and amax.
+
+    Each of ``entries`` equal parts of the batch has a tensor scale and a key of its own. ``key``
+    None rounds to nearest even. What is not asked for comes back empty.
+    """
+    register()
+    batch, rows, columns = x.shape
+    shapes = (x.shape, (batch, columns, rows))
+    whole = block[0] == 0
+    needs_amax = whole and (amax or scale is None)
+    scratch = 0
+    if whole and scale is None:
+        scratch = QUANTIZE_SCRATCH_WORDS * entries
+    elif block == (1, 0):  # An amax for each row and column.
+        scratch = batch * (rows + columns)
+    results = (
+        *(_result(x, shapes[i] if layouts[i] else (0,), dtype) for i in range(2)),
+        *(_result(x, scale_shapes[i] if layouts[i] else (0,), jnp.float32) for i in range(2)),
+        _result(x, scale_shapes[0] if needs_amax else (0,), jnp.float32),
+        _result(x, (scratch,), jnp.uint32),
+    )
+    call = jax.ffi.ffi_call("jax_fp8_cast_transpose", results)
+    return call(
+        x,
+        jnp.zeros((0,), jnp.float32) if scale is None else scale,
+        jnp.zeros((0,), jnp.uint32) if key is None else key,
+        entries=np.int64(entries),
+        block_rows=np.int64(block[0]),
+        block_cols=np.int64(block[1]),
+        power_of_two=power_of_two,
+    )[:5]
 
 
 def fused_quantize(

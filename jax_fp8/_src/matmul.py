@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 
-from jax_fp8._src.quantize import WIDE_DTYPES, quantize
-from jax_fp8._src.recipe import Recipe, get_recipe
+from jax_fp8._src.axes import view_of
+from jax_fp8._src.epilogue import with_gradients
+from jax_fp8._src.product import input_gradient
+from jax_fp8._src.quantize import WIDE_DTYPES, quantize, static_scale
+from jax_fp8._src.recipe import Operand, Recipe, get_recipe
 from jax_fp8._src.scaled_array import (
     Granularity,
     ScaledArray,
@@ -16,7 +23,7 @@ from jax_fp8._src.scaled_array import (
     check_scaled_array,
     describe,
 )
-from jax_fp8._src.scaled_matmul import multiply
+from jax_fp8._src.scaled_matmul import FP8_HAS_NO_GRADIENT, multiply
 
 
 def matmul(
@@ -84,7 +91,42 @@ def matmul(
     x = jnp.asarray(x)
     if x.dtype not in WIDE_DTYPES:
         raise TypeError(f"{op}: x must be float32, bfloat16 or float16, got {x.dtype}{x.shape}")
-    operand = get_recipe(op, recipe).activation
+    recipe = get_recipe(op, recipe)
+    if recipe.needs_key:
+        raise ValueError(f"{op}: it takes no key to round gradients with; dot_general does")
+    check_scaled_array(op, "w", w)
+    operand = _activation(op, recipe, x, dtype, granularity, scale)
+    if operand is not None and scale is not None:
+        scale = lax.stop_gradient(static_scale(op, scale, x.shape, operand.granularity))
+    out_dtype = x.dtype if preferred_element_type is None else preferred_element_type
+
+    def run(activation: str | None, x: jax.Array, w: ScaledArray, bias: Any) -> Any:
+        return multiply(
+            op,
+            _quantize(x, operand, scale, implementation),
+            w,
+            bias=bias,
+            activation=activation,
+            preferred_element_type=out_dtype,
+            precision=precision,
+            output_scale=output_scale,
+            return_amax=return_amax,
+            implementation=implementation,
+        )
+
+    def gradient(dz: jax.Array, w: ScaledArray, dtype: Any) -> jax.Array:
+        return _input_gradient(op, recipe, operand, dz, w, dtype, implementation)
+
+    refusal = None if output_scale is None else FP8_HAS_NO_GRADIENT
+    differentiable = with_gradients(op, run, activation, input_gradient=gradient, refusal=refusal)
+    return differentiable(x, w, bias)
+
+
+def _activation(
+    op: str, recipe: Recipe, x: jax.Array, dtype: Any, granularity: Any, scale: Any
+) -> Operand | None:
+    """How ``x`` is quantized; None leaves it wide."""
+    operand = recipe.activation
     if operand is None:
         if any(option is not None for option in (granularity, scale, dtype)):
             raise ValueError(
@@ -96,28 +138,51 @@ def matmul(
                 f"{op}: the recipe 'weight_only' takes x of bfloat16 or float16, got"
                 f" {x.dtype}{x.shape}; cast it, or quantize it with another recipe"
             )
-        xq = ScaledArray(x, jnp.ones((1,) * x.ndim, jnp.float32))
-    else:
-        xq = quantize(
-            x,
-            dtype=operand.dtype if dtype is None else check_fp8_dtype(op, "dtype", dtype),
-            granularity=operand.granularity
-            if granularity is None
-            else check_granularity(op, granularity),
-            scale=scale,
-            implementation="xla" if implementation == "xla" else None,
+        return None
+    if scale is None and operand.scaling != "dynamic":
+        raise ValueError(
+            f"{op}: the recipe's activation has {operand.scaling} scaling: scale must be given"
         )
-    return multiply(
-        op,
-        xq,
-        check_scaled_array(op, "w", w),
-        bias=bias,
-        activation=activation,
-        preferred_element_type=x.dtype
-        if preferred_element_type is None
-        else preferred_element_type,
-        precision=precision,
-        output_scale=output_scale,
-        return_amax=return_amax,
-        implementation=implementation,
+    return dataclasses.replace(
+        operand,
+        dtype=operand.dtype if dtype is None else check_fp8_dtype(op, "dtype", dtype),
+        granularity=operand.granularity
+        if granularity is None
+        else check_granularity(op, granularity),
+        scaling="dynamic",  # With a given scale there is nothing to choose.
     )
+
+
+def _quantize(
+    x: jax.Array, operand: Operand | None, scale: Any, implementation: str | None
+) -> ScaledArray:
+    if operand is None:
+        return ScaledArray(x, jnp.ones((1,) * x.ndim, jnp.float32))
+    return quantize(
+        x,
+        dtype=operand.dtype,
+        granularity=operand.granularity,
+        scale=scale,
+        **({"power_of_two": True} if operand.power_of_two and scale is None else {}),
+        implementation="xla" if implementation == "xla" else None,
+    )
+
+
+def _input_gradient(
+    op: str,
+    recipe: Recipe,
+    operand: Operand | None,
+    dz: jax.Array,
+    w: ScaledArray,
+    dtype: Any,
+    implementation: str | None,
+) -> jax.Array:
+    """``dz @ w``, of the dtype of ``x``: a product of dot_general, whose gradients these are."""
+    batch = w.ndim - 2
+    view = view_of(w.ndim, (w.ndim - 1,), tuple(range(batch)))
+    dz3 = dz.reshape(math.prod(dz.shape[:batch]), math.prod(dz.shape[batch:-1]), dz.shape[-1])
+    if operand is not None and recipe.dgrad is not None and recipe.dgrad[0] is not None:
+        gradient = dataclasses.replace(recipe.dgrad[0], granularity=operand.granularity)
+        recipe = dataclasses.replace(recipe, dgrad=(gradient, recipe.dgrad[1]))
+    dx = input_gradient(op, recipe, dz3, view.apply_scaled(op, "w", w), dtype, implementation)
+    return dx.reshape(*dz.shape[:-1], w.shape[-1])

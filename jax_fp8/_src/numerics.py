@@ -6,9 +6,11 @@ and so the scales are computed here in a way that gives the same bits whatever X
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
+import jax.extend.random
 import jax.numpy as jnp
 from jax import lax
 
@@ -20,6 +22,54 @@ def round_saturate(x: jax.Array, inverse_scale: jax.Array, dtype: Any) -> jax.Ar
     largest = fp8_max(dtype)
     scaled = jnp.clip(x * inverse_scale, -largest, largest)  # clip keeps NaN
     return jnp.where(jnp.isinf(x), jnp.nan, scaled).astype(dtype)
+
+
+def round_stochastic(
+    x: jax.Array, inverse_scale: jax.Array, bits: jax.Array, dtype: Any
+) -> jax.Array:
+    """Rounds ``x * inverse_scale`` in FP8 up or down, saturating; infinities become NaN.
+
+    ``bits`` are 16 random ones for each element, as uint32. With u the distance of the codes
+    around ``v = |x * inverse_scale|``, the magnitude is ``floor(v / u + bits * 2^-16) * u``, whose
+    mean is v. All but the sum are exact, so no way of evaluating them gives other bits.
+    """
+    info = jnp.finfo(dtype)
+    scaled = x * inverse_scale
+    magnitude = jnp.minimum(jnp.abs(scaled), fp8_max(dtype))
+    binade = lax.bitcast_convert_type(magnitude, jnp.uint32) & jnp.uint32(0x7F800000)
+    binade = jnp.maximum(binade, jnp.uint32((127 + int(info.minexp)) << 23))
+    unit = lax.bitcast_convert_type(binade - jnp.uint32(int(info.nmant) << 23), jnp.float32)
+    # The exponents of a number and of its reciprocal add up to twice the bias.
+    inverse_unit = lax.bitcast_convert_type(
+        jnp.uint32((254 + int(info.nmant)) << 23) - binade, jnp.float32
+    )
+    fraction = bits.astype(jnp.float32) * jnp.float32(2.0**-16)
+    rounded = jnp.floor(magnitude * inverse_unit + fraction) * unit
+    # By the bits: a comparison would not see the sign of -0.
+    negative = lax.bitcast_convert_type(scaled, jnp.uint32) >> 31 != 0
+    rounded = jnp.where(negative, -rounded, rounded)
+    return jnp.where(jnp.isinf(x) | jnp.isnan(scaled), jnp.nan, rounded).astype(dtype)
+
+
+def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """16 random bits for each element of an array of ``shape``, as uint32.
+
+    Threefry-2x32 (Salmon et al., SC 2011) of the pair ``key`` makes those of four elements at a
+    time: of the elements 4 i to 4 i + 3 in row-major order from the 64-bit counter i, high word
+    first; they take the low and the high half of the first word and of the second.
+    """
+    size = math.prod(shape)
+    if size == 0:
+        return jnp.zeros(shape, jnp.uint32)
+    quads = math.ceil(size / 4)
+    columns = min(quads, 1 << 16)  # Two counters of 32 bits make one of more.
+    rows = math.ceil(quads / columns)
+    row, column = (lax.broadcasted_iota(jnp.uint32, (rows, columns), axis) for axis in (0, 1))
+    counters = jnp.stack([row >> 16, row << 16 | column])
+    first, second = jax.extend.random.threefry_2x32((key[0], key[1]), counters)
+    low = jnp.uint32(0xFFFF)
+    halves = jnp.stack([first & low, first >> 16, second & low, second >> 16], axis=-1)
+    return halves.reshape(-1)[:size].reshape(shape)
 
 
 def _centering(x: jax.Array) -> jax.Array:
@@ -68,8 +118,11 @@ def inverse(scale: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(reciprocal) & jnp.isfinite(scale), reciprocal, jnp.nan)
 
 
-def dynamic_scale(amax: jax.Array, dtype: Any) -> jax.Array:
-    """``max(amax / max, 2^-126)`` in float32; 1 where the amax is 0, NaN where it is not finite."""
+def dynamic_scale(amax: jax.Array, dtype: Any, power_of_two: bool = False) -> jax.Array:
+    """``max(amax / max, 2^-126)`` in float32; 1 where the amax is 0, NaN where it is not finite.
+
+    ``power_of_two`` rounds it up to the next one.
+    """
     # Both formats' max is 7 * 2^k. The division by 7 is rounded to nearest by one Newton step,
     # whose residual is exact because no subtraction loses a bit; XLA's own division may be off,
     # or become a multiplication by the reciprocal.
@@ -79,6 +132,9 @@ def dynamic_scale(amax: jax.Array, dtype: Any) -> jax.Array:
     residual = ((centered - 4 * quotient) - 2 * quotient) - quotient
     quotient = lax.optimization_barrier(quotient + residual * jnp.float32(1 / 7))
     scale = jnp.maximum(quotient * (7 / fp8_max(dtype)) / centering, 2.0**-126)
+    if power_of_two:  # As bits: a carry out of the mantissa is the next binade.
+        bits = lax.bitcast_convert_type(scale, jnp.uint32) + jnp.uint32(0x7FFFFF)
+        scale = lax.bitcast_convert_type(bits & jnp.uint32(0xFF800000), jnp.float32)
     return jnp.where(amax == 0, 1.0, jnp.where(jnp.isfinite(amax), scale, jnp.nan))
 
 

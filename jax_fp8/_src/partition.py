@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 
-def _vary_alike(operands: tuple[Any, ...]) -> tuple[Any, ...]:
+def vary_alike(operands: tuple[Any, ...]) -> tuple[Any, ...]:
     """Gives all operands the manual axes of each, so that a result may take its type from any.
 
     Without this a result would take, say, the type of a replicated activation where the weight
@@ -36,7 +36,7 @@ def partition(op: str, local: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(local)
     def wrapped(*operands: Any) -> Any:
-        operands = _vary_alike(operands)
+        operands = vary_alike(operands)
         for operand in operands:
             spec = jax.typeof(operand).sharding.spec
             if any(axes is not None for axes in spec):

@@ -12,7 +12,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_fp8._src import ffi, plans
-from jax_fp8._src.numerics import absolute_max, dynamic_scale, inverse, round_saturate
+from jax_fp8._src.numerics import (
+    absolute_max,
+    dynamic_scale,
+    inverse,
+    round_saturate,
+    round_stochastic,
+)
 from jax_fp8._src.partition import partition
 from jax_fp8._src.scaled_array import (
     Granularity,
@@ -41,6 +47,8 @@ class QuantizeConfig:
     implementation: str | None
     #: Leading axes that vmap put in front: each entry is quantized as if it were alone.
     batch_dims: int = 0
+    #: Whether dynamic scales are rounded up to a power of two.
+    power_of_two: bool = False
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the scale of an operand of ``shape``, the leading batch axes included."""
@@ -66,17 +74,22 @@ def _amax(x: jax.Array, granularity: Granularity) -> jax.Array:
 
 
 def reference(
-    config: QuantizeConfig, x: jax.Array, scale: jax.Array
+    config: QuantizeConfig, x: jax.Array, scale: jax.Array, bits: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The definition in plain JAX: the oracle of the tests, and what the CPU runs."""
+    """The definition in plain JAX: the oracle of the tests, and what the CPU runs.
+
+    ``bits`` of ``round_stochastic`` take the place of rounding to nearest; not with batch_dims.
+    """
     if config.batch_dims:
         inner = dataclasses.replace(config, batch_dims=config.batch_dims - 1)
         return jax.vmap(functools.partial(reference, inner))(x, scale)
     wide = x.astype(jnp.float32)
     amax = _amax(wide, config.granularity)
     if not config.static:
-        scale = dynamic_scale(amax, config.dtype)
+        scale = dynamic_scale(amax, config.dtype, config.power_of_two)
     factor = expand_scale(inverse(scale), x.shape, config.granularity)
+    if bits is not None:
+        return round_stochastic(wide, factor, bits, config.dtype), scale, amax
     return round_saturate(wide, factor, config.dtype), scale, amax
 
 
@@ -105,6 +118,7 @@ def _kernel(
         block=block_shape(config.granularity),
         scale_shape=scale3,
         amax=config.amax,
+        power_of_two=config.power_of_two,
     )
     amax = amax.reshape(out_shape) if amax.size == new_scale.size else new_scale.reshape(out_shape)
     return data.reshape(x.shape), new_scale.reshape(out_shape), amax
@@ -181,6 +195,7 @@ def quantize(
     dtype: Any = jnp.float8_e4m3fn,
     granularity: Granularity = "tensor",
     scale: Any = None,
+    power_of_two: bool = False,
     return_amax: bool = False,
     implementation: str | None = None,
 ) -> Any:
@@ -198,6 +213,7 @@ def quantize(
         the last axis), ``(1, 128)`` or ``(128, 128)`` (blocks of the last one or two axes).
       scale: None for dynamic scaling; else the float32 scale to use, of the shape that
         ``ScaledArray`` states (a scalar will do for ``"tensor"``).
+      power_of_two: rounds dynamic scales up to a power of two.
       return_amax: also return the amax of ``x`` under each scale, float32 in ``scale``'s shape.
       implementation: ``"kernel"`` (this library's handler, on the GPU and on the CPU), ``"xla"``
         (plain JAX), or None: the kernel on a GPU and XLA on a CPU. All give the same bits, but
@@ -208,8 +224,8 @@ def quantize(
 
     Raises:
       TypeError: for dtypes other than the above.
-      ValueError: for an unknown granularity or implementation, a rank without such blocks, or a
-        scale that does not fit.
+      ValueError: for an unknown granularity or implementation, a rank without such blocks, a
+        scale that does not fit, or one together with ``power_of_two``.
       NotImplementedError: under differentiation, or for an ``x`` that is sharded over an
         explicit mesh.
 
@@ -228,7 +244,16 @@ def quantize(
         raise ValueError(
             f"quantize: unknown implementation {implementation!r}; accepted are {IMPLEMENTATIONS}"
         )
-    config = QuantizeConfig(dtype, granularity, scale is not None, return_amax, implementation)
+    if scale is not None and power_of_two:
+        raise ValueError("quantize: power_of_two is for dynamic scales, and scale is given")
+    config = QuantizeConfig(
+        dtype,
+        granularity,
+        scale is not None,
+        return_amax,
+        implementation,
+        power_of_two=bool(power_of_two),
+    )
     if scale is None:  # a placeholder, so that there is one signature to batch and partition
         given = jnp.zeros((), jnp.float32)
     else:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_fp8._src import ffi, plans
+from jax_fp8._src.epilogue import activate, with_gradients
 from jax_fp8._src.numerics import absolute_max, inverse, round_saturate
 from jax_fp8._src.partition import partition
 from jax_fp8._src.quantize import WIDE_DTYPES
@@ -37,6 +38,8 @@ _FAST = {
     "highest": False,
 }
 
+
+FP8_HAS_NO_GRADIENT = "an FP8 result has no gradient; ask for a wide one and quantize that"
 
 #: The compute capability that calls pretend (as 89 for 8.9), 0 for the device's own. Tests set it
 #: to run the branches of other GPUs; it goes into CallConfig, and so into the key of every cache.
@@ -100,15 +103,6 @@ def _fold(x: ScaledArray, batch: tuple[int, ...]) -> _Folded:
     return _Folded(x.data.reshape(count, rows, columns), scale.reshape(shape), granularity)
 
 
-def _activate(y: jax.Array, activation: str | None) -> jax.Array:
-    """None, relu, or gelu in its tanh approximation; NaN stays NaN."""
-    if activation == "relu":
-        return jax.nn.relu(y)
-    if activation == "gelu":
-        return jax.nn.gelu(y, approximate=True)
-    return y
-
-
 def _reference(
     config: CallConfig,
     x: jax.Array,
@@ -136,7 +130,7 @@ def _reference(
         y = y * jnp.maximum(x_scale, w_scale) * jnp.minimum(x_scale, w_scale)
     if config.has_bias:
         y = y + bias.astype(jnp.float32)
-    y = _activate(y, config.activation)
+    y = activate(y, config.activation)
     if config.out_dtype in FP8_DTYPES:
         amax = absolute_max(y).reshape(inverse_out_scale.shape)
         return round_saturate(y, inverse_out_scale, config.out_dtype), amax
@@ -232,14 +226,14 @@ def _operation(config: CallConfig) -> Any:
 
     def forward(*operands: jax.Array) -> Any:
         raise NotImplementedError(
-            "scaled_matmul, matmul: differentiation is not supported in this version"
+            "scaled_matmul: its FP8 operands cannot be differentiated, nor its gradients again"
         )
 
     differentiable.defvjp(forward, lambda residuals, cotangents: cotangents)
     return jax.jit(differentiable, inline=True)
 
 
-def _precision_is_fast(op: str, precision: Any) -> bool:
+def precision_is_fast(op: str, precision: Any) -> bool:
     name = precision.name.lower() if isinstance(precision, lax.Precision) else precision
     if isinstance(name, str):
         name = name.lower()
@@ -352,7 +346,7 @@ def multiply(
         w_granularity=folded_w.granularity,
         has_bias=has_bias,
         activation=activation,
-        fast=_precision_is_fast(op, precision),
+        fast=precision_is_fast(op, precision),
         implementation=implementation,
         capability=_forced_capability,
     )
@@ -380,6 +374,8 @@ def scaled_matmul(
     implementation: str | None = None,
 ) -> Any:
     """Multiplies two ScaledArrays: ``activation(x @ w.T + bias)``, accumulated in float32.
+
+    Differentiable in the bias.
 
     Scales must leave both operands' values, and the product of two scales, within the range of
     float32, as dynamic scales do; beyond it some implementations give an infinity or NaN.
@@ -410,10 +406,11 @@ def scaled_matmul(
       FP8; with ``return_amax`` also the float32 amax, a scalar.
 
     Raises:
-      TypeError: for operands that are no ScaledArrays, or unsupported dtypes.
+      TypeError: for operands that are no ScaledArrays, or unsupported dtypes; when a ScaledArray
+        is differentiated.
       ValueError: for shapes, scales or options that do not fit.
-      NotImplementedError: for what the named implementation cannot do on any device, under
-        differentiation or ``jax.vmap``, or for operands sharded over an explicit mesh.
+      NotImplementedError: for what the named implementation cannot do on any device, when an FP8
+        result is differentiated, under ``jax.vmap``, or for operands sharded over an explicit mesh.
       jax.errors.JaxRuntimeError: for what the named implementation cannot do on this device.
 
     >>> import jax.numpy as jnp, jax_fp8
@@ -425,15 +422,20 @@ def scaled_matmul(
     op = "scaled_matmul"
     check_scaled_array(op, "x", x)
     check_scaled_array(op, "w", w)
-    return multiply(
-        op,
-        x,
-        w,
-        bias=bias,
-        activation=activation,
-        preferred_element_type=preferred_element_type,
-        precision=precision,
-        output_scale=output_scale,
-        return_amax=return_amax,
-        implementation=implementation,
-    )
+
+    def run(activation: str | None, x: ScaledArray, w: ScaledArray, bias: Any) -> Any:
+        return multiply(
+            op,
+            x,
+            w,
+            bias=bias,
+            activation=activation,
+            preferred_element_type=preferred_element_type,
+            precision=precision,
+            output_scale=output_scale,
+            return_amax=return_amax,
+            implementation=implementation,
+        )
+
+    refusal = None if output_scale is None else FP8_HAS_NO_GRADIENT
+    return with_gradients(op, run, activation, refusal=refusal)(x, w, bias)

@@ -1,0 +1,110 @@
+"""The GPT of examples/gpt, in training: losses and step times of the recipes against bf16's."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks import ROOT, tables
+
+Row = dict[str, Any]
+
+NAME = "gpt"
+KEYS = ("preset", "width", "layers", "length", "batch", "steps", "seed")
+REFERENCE = "bf16"
+FIGURES = ("step_ms", "validation_loss")
+_RECIPES = ("bf16", "rowwise", "tensorwise", "blockwise", "delayed", "static", "flax_direct")
+#: Presets, with the recipes and, where it is not the preset's, the number of steps.
+SHAPES: dict[str, tuple[tuple[str, tuple[str, ...], int | None], ...]] = {
+    "smoke": (("tiny", ("bf16", "rowwise"), 4),),
+    "quick": (("wide", _RECIPES[:3], 30),),
+    "all": (
+        ("wide", _RECIPES, None),
+        ("100m", _RECIPES, None),
+    ),
+}
+
+
+def run(shapes: str = "all") -> list[Row]:
+    """Trains; ``shapes`` is a key of SHAPES.
+
+    Returns:
+      A row for each problem and recipe, as ``examples/gpt/program.py`` makes it.
+    """
+    return [row for problem in SHAPES[shapes] for row in _rows(*problem)]
+
+
+def _rows(preset: str, names: tuple[str, ...], steps: int | None) -> Iterator[Row]:
+    examples = str(ROOT / "examples")
+    if examples not in sys.path:
+        sys.path.insert(0, examples)
+    import dataclasses
+
+    from gpt import program, train
+
+    training = train.PRESETS[preset]
+    if steps is not None:
+        training = dataclasses.replace(training, steps=steps)
+    yield from program.sweep(preset, training, names)
+
+
+def speedup(row: Row) -> float | None:
+    """How many times as fast as bf16's a step is, both timed in one process."""
+    bf16, ours = row.get("bf16_step_ms"), row.get("step_ms")
+    return bf16 / ours if bf16 and ours else None
+
+
+def step_ratio(group: tables.Group, name: str, other: str) -> float | None:
+    """The time of a step over another's, each over bf16's in its own process."""
+    speeds = [speedup(group.get(variant, {})) for variant in (other, name)]
+    return speeds[0] / speeds[1] if speeds[0] and speeds[1] else None
+
+
+def off_percent(group: tables.Group, name: str, figure: str) -> float | None:
+    """How much more than bf16's a loss is, in %."""
+    bf16, ours = (tables.value(group, variant, figure) for variant in ("bf16", name))
+    return 100 * (ours / bf16 - 1) if bf16 and ours else None
+
+
+def _said(row: Row) -> str:
+    return (
+        f"{row['preset']}: {row['parameters'] / 1e6:.0f}M parameters, {row['layers']} layers of"
+        f" width {row['width']}, {row['steps']} steps of {row['tokens_per_step']} bytes,"
+        f" {100 * row['dense_share']:.0f} % of the operations of all products in the layers that"
+        " a recipe converts"
+    )
+
+
+def _lines(group: tables.Group) -> Iterator[list[str]]:
+    number = tables.number
+    for name, row in group.items():
+        dense, temporary = row.get("dense_ms"), row.get("temporary_bytes")
+        yield [
+            row["preset"],
+            name.replace("_", " "),
+            number(row["training_loss"], "{:.4f}"),
+            number(row["validation_loss"], "{:.4f}"),
+            number(off_percent(group, name, "validation_loss"), "{:+.2f} %"),
+            number(row["step_ms"]),
+            number(speedup(row), "{:.2f}"),
+            number(dense),
+            number(temporary and temporary / 2**30, "{:.2f}"),
+        ]
+
+
+def table(rows: list[Row]) -> str:
+    """The rows of ``run`` as Markdown."""
+    measured = [row for row in rows if row.get("step_ms") is not None]
+    groups = tables.groups(measured, KEYS).values()
+    problems = [_said(next(iter(group.values()))) for group in groups]
+    title = (
+        "A GPT on the bytes of Python's standard library, with the same weights and batches for"
+        " each recipe. Losses in nats a byte: the mean over the last tenth of the steps, and of"
+        " files that are held out. The median step in ms, how many times as fast as bf16's, its"
+        " layers that are FP8 alone (values and gradients), and the GiB that XLA allocates for a"
+        f" step beside the state. {'; '.join(problems)}."
+    )
+    header = ["", "recipe", "training", "held out", "to bf16", "step", "speed", "layers", "GiB"]
+    lines = [line for group in groups for line in _lines(group)]
+    return tables.assemble([title, tables.markdown(header, lines)], tables.errors(rows, KEYS))

@@ -1,0 +1,234 @@
+"""dot_general: plain arrays in and out, FP8 between, differentiable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_fp8._src.axes import View, view_of
+from jax_fp8._src.health import HealthProbe
+from jax_fp8._src.prepared import PreparedWeight
+from jax_fp8._src.product import ProductConfig, Side, product
+from jax_fp8._src.quantize import WIDE_DTYPES
+from jax_fp8._src.recipe import Recipe, get_recipe
+from jax_fp8._src.scaled_array import ScaledArray, check_scaled_array, describe
+from jax_fp8._src.scaled_matmul import IMPLEMENTATIONS, precision_is_fast
+from jax_fp8._src.scaling import ScalingState, check_state, scale_from, updated
+
+DimensionNumbers = Any
+
+
+def dot_general(
+    lhs: Any,
+    rhs: Any,
+    dimension_numbers: DimensionNumbers,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    *,
+    out_sharding: Any = None,
+    recipe: str | Recipe = "tensorwise",
+    state: ScalingState | None = None,
+    key: Any = None,
+    probe: HealthProbe | None = None,
+    implementation: str | None = None,
+) -> Any:
+    """``jax.lax.dot_general`` with FP8 products, forward and backward.
+
+    The operands of each of the three products, this one and those of the two gradients, are
+    quantized as the recipe says. The gradients have the dtypes of ``lhs`` and ``rhs``, which may
+    differ: with ``lhs`` bfloat16 and ``rhs`` float32, the gradient of ``rhs`` is the float32 sum as
+    it is. They are always accumulated precisely, and have no derivatives of their own.
+
+    Args:
+      lhs: the activation: float32, bfloat16 or float16, or a ScaledArray that contracts its last
+        axis and has its batch axes in front.
+      rhs: the weight: likewise, or a PreparedWeight.
+      dimension_numbers: as in ``jax.lax.dot_general``:
+        ``((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))``.
+      precision: None and DEFAULT accumulate the forward product fast; HIGH and HIGHEST in float32.
+      preferred_element_type: of the result: float32, bfloat16 or float16. None is what the dtypes
+        of the wide operands promote to, bfloat16 where there are none.
+      out_sharding: as in ``jax.lax.dot_general``.
+      recipe: ``"tensorwise"``, ``"rowwise"``, ``"blockwise"``, ``"static"``, ``"delayed"``,
+        ``"weight_only"`` (bfloat16 and float16 activations alone), ``"wide"`` (no FP8 at all), or a
+        ``Recipe``. A granularity is meant for the operand as (batch, free, contracted) axes: its
+        rows are what stays after the product.
+      state: the ScalingState of static and delayed recipes.
+      key: the JAX key of recipes with stochastic rounding, of threefry2x32.
+      probe: a HealthProbe, whose gradient will be the statistics of the operands.
+      implementation: of all three products, as in ``scaled_matmul``.
+
+    Returns:
+      An array of batch, free ``lhs`` and free ``rhs`` axes; with ``state``, (array, ScalingState),
+      the state of the next step.
+
+    Raises:
+      TypeError: for dtypes other than these, and for dimension numbers that do not fit.
+      ValueError: for an unknown recipe or implementation, a state or key that the recipe needs or
+        has no use for, or a PreparedWeight of another recipe or other axes.
+      NotImplementedError: for what the named implementation cannot do on any device, for second
+        derivatives, and under ``jax.vmap``.
+
+    >>> import jax, jax.numpy as jnp, jax_fp8
+    >>> x, w = jnp.ones((4, 32)), jnp.ones((32, 8))
+    >>> def loss(w):
+    ...     dims = (((1,), (0,)), ((), ()))
+    ...     return jax_fp8.dot_general(x, w, dims, recipe="rowwise").sum()
+    >>> jax.grad(loss)(w)[0, :3].tolist()
+    [4.0, 4.0, 4.0]
+    """
+    op = "dot_general"
+    recipe = get_recipe(op, recipe)
+    lhs, rhs = check_operand(op, "lhs", lhs), check_operand(op, "rhs", rhs)
+    (contract, batch), shape = _check_dimensions(op, lhs, rhs, dimension_numbers)
+    views = (view_of(lhs.ndim, contract[0], batch[0]), view_of(rhs.ndim, contract[1], batch[1]))
+    out_dtype = _out_dtype(op, lhs, rhs, preferred_element_type)
+    _check_recipe(op, recipe, lhs, rhs)
+    check_state(op, recipe, state)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{op}: unknown implementation {implementation!r}; accepted are {IMPLEMENTATIONS}"
+        )
+    if not isinstance(probe, HealthProbe | None):
+        raise TypeError(f"{op}: probe must be a HealthProbe or None, got {describe(probe)}")
+    sides = (_side(op, "lhs", lhs, views[0]), _side(op, "rhs", rhs, views[1], recipe))
+    config = ProductConfig(
+        op=op,
+        recipe=recipe,
+        contract_last=(views[0].contract_last, views[1].contract_last),
+        dtypes=(_dtype_of(sides[0]), _dtype_of(sides[1])),
+        out_dtype=out_dtype,
+        precision="default" if precision_is_fast(op, precision) else "highest",
+        implementation=implementation,
+    )
+    y, amaxes = product(config)(
+        *sides, _scales(recipe, state, sides), _raw_key(op, recipe, key), probe
+    )
+    y = y.reshape(shape)
+    if out_sharding is not None:
+        y = jax.sharding.reshard(y, out_sharding)
+    if state is None:
+        return y
+    known = [amax if amax is not None else jnp.zeros((), jnp.float32) for amax in amaxes]
+    return y, updated(recipe, state, *known)
+
+
+def check_operand(op: str, name: str, x: Any) -> Any:
+    """Returns an operand that has the type of one, a wide array as a jax.Array."""
+    if isinstance(x, ScaledArray):
+        return check_scaled_array(op, name, x)
+    if isinstance(x, PreparedWeight):
+        if name == "rhs":
+            return x
+        raise TypeError(f"{op}: a PreparedWeight is a right operand, got one as {name}")
+    if not hasattr(x, "dtype"):
+        x = jnp.asarray(x)
+    if x.dtype not in WIDE_DTYPES:
+        raise TypeError(
+            f"{op}: {name} must be float32, bfloat16 or float16, or a ScaledArray, got"
+            f" {describe(x)}"
+        )
+    return jnp.asarray(x)
+
+
+def _check_dimensions(op: str, lhs: Any, rhs: Any, dimension_numbers: Any) -> Any:
+    """The dimension numbers as tuples, contracted axes in the order of lhs; the result's shape."""
+    dtype = jnp.bfloat16  # Of shapes alone is the question.
+    try:
+        (contract_l, contract_r), (batch_l, batch_r) = dimension_numbers
+        shape = jax.eval_shape(
+            lambda a, b: lax.dot_general(a, b, dimension_numbers),
+            *(jax.ShapeDtypeStruct(x.shape, dtype) for x in (lhs, rhs)),
+        ).shape
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{op}: dimension_numbers {dimension_numbers} do not fit lhs {describe(lhs)} and rhs"
+            f" {describe(rhs)}: {error}"
+        ) from error
+    pairs = sorted(zip(map(int, contract_l), map(int, contract_r), strict=True))
+    contract = tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
+    batch = tuple(map(int, batch_l)), tuple(map(int, batch_r))
+    return (contract, batch), shape
+
+
+def _out_dtype(op: str, lhs: Any, rhs: Any, preferred: Any) -> jnp.dtype:
+    if preferred is None:
+        wide = [x.dtype for x in (lhs, rhs) if not isinstance(x, ScaledArray)]
+        return jnp.dtype(jnp.result_type(*wide) if wide else jnp.bfloat16)
+    if jnp.dtype(preferred) not in WIDE_DTYPES:
+        raise TypeError(
+            f"{op}: preferred_element_type must be float32, bfloat16 or float16, got"
+            f" {jnp.dtype(preferred).name}"
+        )
+    return jnp.dtype(preferred)
+
+
+def _check_recipe(op: str, recipe: Recipe, lhs: Any, rhs: Any) -> None:
+    wide_lhs = None if isinstance(lhs, ScaledArray) else lhs
+    if recipe.weight is None:
+        for name, x in (("lhs", lhs), ("rhs", rhs)):
+            if isinstance(x, ScaledArray | PreparedWeight):
+                raise TypeError(
+                    f"{op}: the recipe multiplies wide values, got {name} {describe(x)}"
+                )
+        return
+    wide_gradient = recipe.dgrad is not None and recipe.dgrad[0] is None
+    needs_16_bits = recipe.activation is None or wide_gradient
+    if needs_16_bits and wide_lhs is not None and wide_lhs.dtype == jnp.float32:
+        raise TypeError(
+            f"{op}: the recipe multiplies 16-bit values by FP8 weights, and takes lhs of bfloat16"
+            f" or float16, got {describe(lhs)}; cast it, or take another recipe"
+        )
+    if isinstance(rhs, PreparedWeight) and rhs.recipe != recipe:
+        raise ValueError(f"{op}: rhs was prepared for {rhs.recipe}, not for {recipe}")
+
+
+def _side(op: str, name: str, x: Any, view: View, recipe: Recipe | None = None) -> Side:
+    """The operand with three axes."""
+    if isinstance(x, PreparedWeight):
+        if x.view != view:
+            raise ValueError(
+                f"{op}: {name} was prepared for contracting its axes {x.view.contract} with batch"
+                f" axes {x.view.batch}, not {view.contract} and {view.batch}"
+            )
+        return x.side()
+    if not isinstance(x, ScaledArray):
+        return Side(view.apply(x))
+    return Side(forward=view.apply_scaled(op, name, x))
+
+
+def _dtype_of(side: Side) -> Any:
+    return None if side.wide is None else side.wide.dtype
+
+
+def _scales(recipe: Recipe, state: ScalingState | None, sides: tuple[Side, Side]) -> Any:
+    """The scales that are not dynamic, of operands that are still to be quantized."""
+
+    def scale(operand: Any, amaxes: Any, side: Side) -> Any:
+        if operand is None or operand.scaling == "dynamic" or side.forward is not None:
+            return None
+        return scale_from(recipe, operand, amaxes)
+
+    if state is None:
+        return None, None
+    return (
+        scale(recipe.activation, state.activation, sides[0]),
+        scale(recipe.weight, state.weight, sides[1]),
+    )
+
+
+def _raw_key(op: str, recipe: Recipe, key: Any) -> Any:
+    if recipe.needs_key == (key is not None):
+        if key is None or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            return key
+        if str(jax.random.key_impl(key)) not in ("fry", "threefry2x32"):
+            raise TypeError(
+                f"{op}: key must be one of threefry2x32, got {jax.random.key_impl(key)}"
+            )
+        return jax.random.key_data(key)
+    if key is None:
+        raise ValueError(f"{op}: the recipe rounds gradients stochastically: key must be given")
+    raise ValueError(f"{op}: the recipe rounds nothing stochastically, and takes no key")

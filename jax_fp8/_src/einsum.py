@@ -1,0 +1,94 @@
+"""einsum: dot_general by subscripts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from opt_einsum.parser import parse_einsum_input
+
+from jax_fp8._src.dot_general import check_operand, dot_general
+from jax_fp8._src.scaled_array import ScaledArray, describe
+
+
+def einsum(spec: str, lhs: Any, rhs: Any, *, out_sharding: Any = None, **options: Any) -> Any:
+    """``jax.numpy.einsum`` of two operands with FP8 products, forward and backward.
+
+    Args:
+      spec: subscripts as ``"...d,df->...f"``. An index that one operand alone has, and the result
+        has not, is summed over before the product; one that an operand has twice is refused.
+      lhs: the activation, a wide array.
+      rhs: the weight, a wide array or a PreparedWeight.
+      out_sharding: as in ``jax.numpy.einsum``.
+      **options: those of ``dot_general``: ``precision``, ``preferred_element_type``, ``recipe``,
+        ``state``, ``key``, ``probe``, ``implementation``.
+
+    Returns:
+      As ``dot_general``.
+
+    Raises:
+      TypeError: for a ScaledArray, whose axes are those of ``dot_general``.
+      ValueError: for subscripts that do not fit two operands. Otherwise as ``dot_general``.
+
+    >>> import jax.numpy as jnp, jax_fp8
+    >>> jax_fp8.einsum("bsd,df->bsf", jnp.ones((2, 3, 16)), jnp.ones((16, 4))).shape
+    (2, 3, 4)
+    """
+    for name, x in (("lhs", lhs), ("rhs", rhs)):
+        if isinstance(x, ScaledArray):
+            raise TypeError(
+                f"einsum: {name} must be a wide array, got {describe(x)}; dot_general"
+                " also takes ScaledArrays"
+            )
+    lhs, rhs = check_operand("einsum", "lhs", lhs), check_operand("einsum", "rhs", rhs)
+    return einsum_by(dot_general, spec, lhs, rhs, out_sharding=out_sharding, **options)
+
+
+def einsum_by(
+    multiply: Callable[..., Any],
+    spec: str,
+    lhs: jax.Array,
+    rhs: Any,
+    *,
+    out_sharding: Any = None,
+    **options: Any,
+) -> Any:
+    """``einsum`` by any function of dot_general's arguments; ``rhs`` need only have a shape."""
+    inputs, result, _ = parse_einsum_input((spec, lhs.shape, rhs.shape), shapes=True)
+    left, right = inputs.split(",")
+    for name, labels in (("lhs", left), ("rhs", right), ("the result", result)):
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"einsum: {spec!r} has an index of {name} twice")
+    lhs, left = _sum_out(spec, lhs, left, right + result)
+    rhs, right = _sum_out(spec, rhs, right, left + result)
+    shared = [label for label in left if label in right]
+    batch = [label for label in shared if label in result]
+    contract = [label for label in shared if label not in result]
+
+    def places(labels: str, wanted: list[str]) -> tuple[int, ...]:
+        return tuple(labels.index(label) for label in wanted)
+
+    dimension_numbers = (
+        (places(left, contract), places(right, contract)),
+        (places(left, batch), places(right, batch)),
+    )
+    found = multiply(lhs, rhs, dimension_numbers, **options)
+    y, *state = found if isinstance(found, tuple) else (found,)
+    order = batch + [label for label in left + right if label not in shared]
+    y = y.transpose([order.index(label) for label in result])
+    if out_sharding is not None:
+        y = jax.sharding.reshard(y, out_sharding)
+    return (y, *state) if state else y
+
+
+def _sum_out(spec: str, x: Any, labels: str, others: str) -> tuple[Any, str]:
+    """Sums over the axes that no one else has."""
+    alone = tuple(i for i, label in enumerate(labels) if label not in others)
+    if alone and not isinstance(x, jax.Array):
+        raise ValueError(
+            f"einsum: {spec!r} sums over an axis of the weight alone, which only wide values allow,"
+            f" got a {type(x).__name__}"
+        )
+    kept = "".join(label for label in labels if label in others)
+    return (x.sum(alone) if alone else x), kept

@@ -1,0 +1,92 @@
+"""Bias and activation of a product: what they compute, and their gradients."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+NOT_DIFFERENTIABLE = (
+    "a ScaledArray cannot be differentiated, since FP8 values have no gradient worth the name:"
+    " differentiate with respect to wide values (dot_general takes them on both sides), or put"
+    " jax.lax.stop_gradient around it"
+)
+
+
+def activate(y: jax.Array, activation: str | None) -> jax.Array:
+    """None, relu, or gelu in its tanh approximation; NaN stays NaN."""
+    if activation == "relu":
+        return jax.nn.relu(y)
+    if activation == "gelu":
+        return jax.nn.gelu(y, approximate=True)
+    return y
+
+
+def with_gradients(
+    op: str,
+    run: Callable[..., Any],
+    activation: str | None,
+    *,
+    input_gradient: Callable[..., Any] | None = None,
+    refusal: str | None = None,
+) -> Callable[..., Any]:
+    """``(x, w, bias) -> y``, differentiable in a wide ``x`` and in the bias.
+
+    When it is differentiated, the product is rounded to its dtype before the activation, whose
+    gradient needs it, and not after alone.
+
+    Args:
+      op: the operation, for messages.
+      run: ``(activation, x, w, bias) -> y``, ``w`` a ScaledArray, ``x`` one or wide.
+      activation: of ``run``.
+      input_gradient: ``(dz, w, dtype) -> dx`` for a wide ``x``; None where it is a ScaledArray.
+      refusal: why there is no gradient at all, or None.
+    """
+
+    @jax.custom_vjp
+    def call(x: Any, w: Any, bias: Any) -> Any:
+        return run(activation, x, w, bias)
+
+    def forward(*primals: Any) -> Any:
+        x, w, bias = jax.tree.map(lambda p: p.value, primals, is_leaf=is_primal)
+        moved = jax.tree.map(lambda p: p.perturbed, primals, is_leaf=is_primal)
+        constants = moved[1] if input_gradient else moved[:2]
+        if any(jax.tree.leaves(constants)):
+            raise TypeError(f"{op}: {NOT_DIFFERENTIABLE}")
+        if refusal:
+            raise NotImplementedError(f"{op}: {refusal}")
+        z = run(None, x, w, bias)
+        # Of x and the bias their dtypes alone are needed. A scalar says that x has no gradient,
+        # for the number of residuals must not depend on it.
+        of_x = bool(input_gradient and moved[0])
+        like = jnp.zeros((0,) if of_x else (), jnp.float32 if input_gradient is None else x.dtype)
+        like_bias = None if bias is None else jnp.zeros((0,), bias.dtype)
+        return activate(z, activation), (z if activation else None, w, like, like_bias)
+
+    def backward(residuals: Any, dy: Any) -> Any:
+        z, w, like, like_bias = residuals
+        if isinstance(dy, SymbolicZero):
+            return None, None, None
+        dz = dy
+        if activation:
+            _, pull = jax.vjp(functools.partial(activate, activation=activation), z)
+            (dz,) = pull(dy)
+        dx = dbias = None
+        if input_gradient is not None and like.ndim > 0:
+            dx = input_gradient(dz, w, like.dtype)
+        if like_bias is not None:
+            total = dz.astype(jnp.float32).sum(tuple(range(dz.ndim - 1)))
+            dbias = total.astype(like_bias.dtype)
+        return dx, None, dbias
+
+    call.defvjp(forward, backward, symbolic_zeros=True)
+    return call
+
+
+def is_primal(node: Any) -> bool:
+    """Whether this is an operand as custom_vjp hands it over with ``symbolic_zeros``."""
+    return hasattr(node, "perturbed")

@@ -1,0 +1,401 @@
+"""dot_general and its gradients: values against float64 over the same FP8 values."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references as ref
+import training
+from cases import on_gpu, pair_id, sample
+from conftest import on_platforms, value_on_this_platform
+from jax.test_util import check_grads
+
+import jax_fp8
+
+POWERS = jax_fp8.named_recipe("tensorwise", power_of_two=True)
+FLAX = (((1,), (0,)), ((), ()))
+
+
+@pytest.fixture(params=on_platforms(("xla",), (None, "decode")))
+def products(request):
+    """Implementations that have all three products of every recipe."""
+    return value_on_this_platform(request)
+
+
+def operands(rng, pattern, x_dtype, w_dtype=None, kind="normal"):
+    x_shape, w_shape, dims = training.PATTERNS[pattern]
+    x = jnp.asarray(sample(rng, kind, x_shape)).astype(x_dtype)
+    w = jnp.asarray(0.05 * sample(rng, kind, w_shape)).astype(w_dtype or x_dtype)
+    y = jax.eval_shape(lambda a, b: jax.lax.dot_general(a, b, dims), *(x, w.astype(x.dtype)))
+    return x, w, dims, sample(rng, kind, y.shape)
+
+
+def check_all(recipe, x, w, dims, dy, implementation, **options):
+    """The product and both gradients, in one program."""
+    full = jax_fp8.named_recipe(recipe) if isinstance(recipe, str) else recipe
+
+    @jax.jit
+    def run(x, w, dy):
+        y, pull = training.value_and_pullback(
+            x, w, dims, recipe, implementation=implementation, **options
+        )
+        dy = dy.astype(y.dtype)
+        return y, *pull(dy), dy
+
+    y, dx, dw, dy = run(x, w, dy)
+    wants = training.expected(full, dims, x, w, dy)
+    fast = jax.default_backend() == "gpu" and implementation is None
+    assert (dx.dtype, dw.dtype) == (x.dtype, w.dtype)
+    training.check(y, wants[0], fast)
+    training.check(dx, wants[1])
+    training.check(dw, wants[2])
+
+
+@pytest.mark.parametrize("pattern", training.PATTERNS)
+@pytest.mark.parametrize("recipe", training.RECIPES)
+def test_product_and_gradients(products, rng, recipe, pattern):
+    dtype = ref.BF16 if recipe == "weight_only" else ref.F32
+    x, w, dims, dy = operands(rng, pattern, dtype)
+    check_all(recipe, x, w, dims, dy, products)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(ref.BF16, ref.BF16), (ref.F16, ref.F16), (ref.BF16, ref.F32)], ids=pair_id
+)
+@pytest.mark.parametrize("recipe", training.RECIPES)
+def test_gradients_have_the_dtypes_of_the_operands(products, rng, recipe, dtypes):
+    x, w, dims, dy = operands(rng, "flax", *dtypes)
+    check_all(recipe, x, w, dims, dy, products, preferred_element_type=dtypes[0])
+
+
+OPTIONS = {
+    "e4m3 gradients": ("rowwise", {"gradient_dtype": ref.E4M3}),
+    "wide wgrad": ("rowwise", {"wide_wgrad": True}),
+    "powers of two": ("rowwise", {"power_of_two": True}),
+    "powers of two, blocks": ("blockwise", {"power_of_two": True}),
+    "powers of two, tensor": ("tensorwise", {"power_of_two": True, "gradient_dtype": ref.E4M3}),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("pattern", ["flax", "k_last"])
+def test_options_of_recipes(products, rng, option, pattern):
+    name, options = OPTIONS[option]
+    x, w, dims, dy = operands(rng, pattern, ref.F32)
+    check_all(jax_fp8.named_recipe(name, **options), x, w, dims, dy, products)
+
+
+def test_a_recipe_with_other_operands_in_each_product(products, rng):
+    row, tensor = jax_fp8.Operand(granularity="row"), jax_fp8.Operand()
+    gradient = jax_fp8.Operand(ref.E5M2, (1, 128))
+    recipe = jax_fp8.Recipe(row, tensor, dgrad=(gradient, row), wgrad=(tensor, tensor))
+    x, w, dims, dy = operands(rng, "flax", ref.F32)
+    check_all(recipe, x, w, dims, dy, products)
+
+
+def test_wide_dgrad_and_fp8_wgrad(products, rng):
+    recipe = dataclasses.replace(jax_fp8.named_recipe("tensorwise"), dgrad=None)
+    x, w, dims, dy = operands(rng, "k_last", ref.F32)
+    check_all(recipe, x, w, dims, dy, products)
+
+
+# --- Against the gradients without quantization ---------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, least", [("normal", 0.997), ("student", 0.995)])
+@pytest.mark.parametrize("recipe", training.FP8_RECIPES)
+def test_direction_of_the_gradients(rng, recipe, kind, least):
+    def draw(*shape):
+        x = rng.standard_normal(shape) if kind == "normal" else rng.standard_t(3, shape)
+        return jnp.asarray(x.astype(np.float32))
+
+    x, w, dy = draw(256, 512), draw(512, 384), draw(256, 384)
+    dtype = jnp.bfloat16 if recipe == "weight_only" else jnp.float32
+    y, pull = training.value_and_pullback(x.astype(dtype), w.astype(dtype), FLAX, recipe)
+    dx, dw = pull(dy.astype(y.dtype))
+    assert training.cosine(dx, np.asarray(dy) @ np.asarray(w).T) >= least
+    assert training.cosine(dw, np.asarray(x).T @ np.asarray(dy)) >= least
+
+
+@pytest.mark.parametrize("name", ["tensorwise", "rowwise", "blockwise", "static", "delayed"])
+def test_direction_of_e4m3_gradients(rng, name):
+    recipe = jax_fp8.named_recipe(name, gradient_dtype=ref.E4M3)
+    x, w, dy = (
+        rng.standard_normal(s).astype(np.float32) for s in ((256, 512), (512, 384), (256, 384))
+    )
+    _, pull = training.value_and_pullback(jnp.asarray(x), jnp.asarray(w), FLAX, recipe)
+    dx, dw = pull(jnp.asarray(dy))
+    assert training.cosine(dx, dy @ w.T) >= 0.999
+    assert training.cosine(dw, x.T @ dy) >= 0.999
+
+
+@pytest.mark.parametrize("pattern", training.PATTERNS)
+def test_numerical_gradients_of_the_wide_path(rng, pattern):
+    x, w, dims, _ = operands(rng, pattern, ref.F32)
+    check_grads(
+        lambda x, w: jax_fp8.dot_general(x, w, dims, recipe="wide"),
+        (x, w),
+        order=1,
+        modes=["rev"],
+        atol=2e-2,
+        rtol=2e-2,
+    )
+
+
+# --- Operands in FP8 ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("granularity", ref.GRANULARITIES, ids=pair_id)
+@pytest.mark.parametrize("pattern", ["k_last", "batch_k_last"])
+def test_a_scaled_weight(products, rng, granularity, pattern):
+    """Its gradient of the activation is that of the values it stands for."""
+    batch = (2,) if pattern == "batch_k_last" else ()
+    axes = tuple(range(len(batch)))
+    dims = (((1 + len(batch),),) * 2, (axes, axes))
+    x = jnp.asarray(sample(rng, "normal", (*batch, 40, 272)))
+    wq = jax_fp8.quantize(
+        jnp.asarray(sample(rng, "normal", (*batch, 136, 272))), granularity=granularity
+    )
+    dy = jnp.asarray(sample(rng, "normal", (*batch, 40, 136)))
+    y, pull = jax.vjp(
+        lambda x: jax_fp8.dot_general(x, wq, dims, recipe="rowwise", implementation=products), x
+    )
+    values = ref.values(wq)
+    xq = training.quantized(x, jax_fp8.Operand(granularity="row"))
+    fast = jax.default_backend() == "gpu" and products is None
+    training.check(y, (*training.product(xq, values), 272, True), fast)
+    # A scale of a row goes to the gradient before that is quantized; so only its size is known.
+    want = np.asarray(dy).astype(np.float64) @ values
+    assert training.cosine(pull(dy)[0], want) >= 0.997
+    assert np.linalg.norm(pull(dy)[0]) == pytest.approx(np.linalg.norm(want), rel=0.01)
+
+
+@pytest.mark.parametrize("granularity", ref.GRANULARITIES, ids=pair_id)
+def test_a_scaled_activation(products, rng, granularity):
+    xq = jax_fp8.quantize(jnp.asarray(sample(rng, "normal", (40, 272))), granularity=granularity)
+    w = jnp.asarray(sample(rng, "normal", (272, 136)))
+    dy = sample(rng, "normal", (40, 136))
+    _, pull = jax.vjp(
+        lambda w: jax_fp8.dot_general(
+            xq,
+            w,
+            FLAX,
+            recipe="tensorwise",
+            preferred_element_type=ref.F32,
+            implementation=products,
+        ),
+        w,
+    )
+    want = ref.values(xq).T @ dy.astype(np.float64)
+    (dw,) = pull(jnp.asarray(dy))
+    assert training.cosine(dw, want) >= 0.997
+    assert np.linalg.norm(dw) == pytest.approx(np.linalg.norm(want), rel=0.01)
+
+
+def test_the_default_dtype_of_two_scaled_operands():
+    q = jax_fp8.quantize(jnp.ones((4, 16)))
+    assert jax_fp8.dot_general(q, q, (((1,), (1,)), ((), ()))).dtype == jnp.bfloat16
+
+
+# --- Around it ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", [None, "highest", jax.lax.Precision.DEFAULT])
+def test_precision_is_that_of_lax(precision):
+    x = jnp.ones((4, 16))
+    y = jax_fp8.dot_general(4 * x, 4 * x.T, FLAX, precision, recipe=POWERS)
+    assert y.tolist() == [[256.0] * 4] * 4
+
+
+@pytest.mark.parametrize(
+    "preferred, want",
+    [(None, ref.F32), (ref.BF16, ref.BF16), (ref.F16, ref.F16), (ref.F32, ref.F32)],
+)
+def test_dtype_of_the_result(preferred, want):
+    y = jax_fp8.dot_general(jnp.ones((4, 16), ref.BF16), jnp.ones((16, 8)), FLAX, None, preferred)
+    assert y.dtype == want
+
+
+@pytest.mark.parametrize("empty", [(0, 32, 16), (8, 0, 16), (8, 32, 0)], ids=["M", "K", "N"])
+@pytest.mark.parametrize("recipe", training.FP8_RECIPES)
+def test_empty_operands(products, recipe, empty):
+    m, k, n = empty
+    dtype = ref.BF16 if recipe == "weight_only" else ref.F32
+    y, pull = training.value_and_pullback(
+        jnp.ones((m, k), dtype), jnp.ones((k, n), dtype), FLAX, recipe, implementation=products
+    )
+    dx, dw = pull(jnp.ones_like(y))
+    assert (y.shape, dx.shape, dw.shape) == ((m, n), (m, k), (k, n))
+    assert not np.any(np.asarray(y).astype(np.float32))
+    assert not (np.any(np.asarray(dx)) or np.any(np.asarray(dw)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "blockwise"])
+def test_no_bad_gradient_becomes_finite(products, recipe, bad):
+    x, w = jnp.ones((4, 32)), jnp.ones((32, 8))
+    _, pull = training.value_and_pullback(x, w, FLAX, recipe, implementation=products)
+    dx, dw = pull(jnp.ones((4, 8)).at[1, 2].set(bad))
+    assert np.isnan(np.asarray(dx)[1]).all() and np.isnan(np.asarray(dw)[:, 2]).all()
+
+
+SPECS = [
+    "bsd,df->bsf",
+    "...d,df->...f",
+    "bsd,hdk->bshk",
+    "bshk,hkd->bsd",
+    "bd,bdf->bf",
+    "ab,cb->ca",
+    "abx,bc->ac",
+    "ab,bc",
+    "i,j->ij",
+    "xbqd,bxdk->xqbk",
+]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_einsum_is_that_of_numpy(products, rng, spec):
+    """On integers that every operand of the product holds exactly."""
+    sizes = dict(zip("abcdfhijkqsx", (3, 4, 5, 16, 6, 2, 7, 3, 8, 5, 9, 2), strict=True))
+    inputs = spec.replace("...", "bs").split("->")[0].split(",")
+    x, w = (rng.integers(-2, 3, [sizes[c] for c in part]).astype(np.float32) for part in inputs)
+    x.flat[0] = w.flat[0] = 4.0  # So that no scale rounds anything.
+    y = jax_fp8.einsum(spec, x, w, recipe=POWERS, implementation=products)
+    np.testing.assert_array_equal(y, np.einsum(spec, x, w))  # Zeros may differ in sign.
+
+
+def test_einsum_has_gradients_and_state(rng):
+    x, w = (jnp.asarray(sample(rng, "normal", s)) for s in ((2, 5, 32), (32, 4, 8)))
+    state = jax_fp8.init_scaling("delayed", activation=x, weight=w)
+
+    def loss(x, w):
+        y, new = jax_fp8.einsum("bsd,dhk->bshk", x, w, recipe="delayed", state=state)
+        return jnp.sum(y**2), new
+
+    (dx, dw), new = jax.grad(loss, (0, 1), has_aux=True)(x, w)
+    want = jax.grad(lambda x, w: jnp.sum(jnp.einsum("bsd,dhk->bshk", x, w) ** 2), (0, 1))(x, w)
+    assert training.cosine(dx, want[0]) > 0.997 and training.cosine(dw, want[1]) > 0.997
+    assert new.weight.shape == (16,)
+
+
+# --- With the rest of JAX -------------------------------------------------------------------------
+
+
+def block(x, w, recipe="rowwise"):
+    return jax.nn.gelu(jax_fp8.dot_general(x, w, FLAX, recipe=recipe))
+
+
+def stack(rng, depth=3, width=64):
+    x = jnp.asarray(sample(rng, "normal", (32, width)))
+    ws = jnp.asarray(sample(rng, "normal", (depth, width, width)) / np.sqrt(width))
+    return x, ws
+
+
+def loop_loss(layer):
+    def loss(x, ws):
+        for i in range(ws.shape[0]):
+            x = layer(x, ws[i])
+        return jnp.sum(x**2)
+
+    return loss
+
+
+POLICIES = {
+    "nothing": None,
+    "residuals and products": jax_fp8.checkpoint_policy,
+    "residuals": jax.checkpoint_policies.save_only_these_names("jax_fp8_residual"),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_checkpoint_gives_the_same_bits(rng, policy):
+    x, ws = stack(rng)
+    want = jax.jit(jax.grad(loop_loss(block), (0, 1)))(x, ws)
+    layer = jax.checkpoint(block, policy=POLICIES[policy])
+    ref.assert_same_trees(jax.jit(jax.grad(loop_loss(layer), (0, 1)))(x, ws), want)
+
+
+def casts(function, *operands):
+    """How often a program quantizes, in the text before it is compiled for a GPU."""
+    exported = jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    return sum(
+        exported.count(f"custom_call @{name}")
+        for name in ("jax_fp8_cast_transpose", "jax_fp8_quantize")
+    ), exported.count("custom_call @jax_fp8_scaled_matmul")
+
+
+def test_the_policy_quantizes_nothing_twice(rng):
+    x, ws = stack(rng, depth=2)
+    plain, kept, again = (
+        casts(jax.grad(loop_loss(layer), (0, 1)), x, ws)
+        for layer in (
+            block,
+            jax.checkpoint(block, policy=jax_fp8.checkpoint_policy),
+            jax.checkpoint(block),
+        )
+    )
+    assert plain == kept == (6, 6)  # Three operands and three products a layer.
+    assert again[0] > plain[0] and again[1] > plain[1]
+
+
+def test_scan_over_layers(rng):
+    x, ws = stack(rng)
+
+    def loss(x, ws):
+        layer = jax.checkpoint(block, policy=jax_fp8.checkpoint_policy)
+        return jnp.sum(jax.lax.scan(lambda x, w: (layer(x, w), None), x, ws)[0] ** 2)
+
+    ref.assert_same_trees(
+        jax.jit(jax.grad(loss, (0, 1)))(x, ws), jax.jit(jax.grad(loop_loss(block), (0, 1)))(x, ws)
+    )
+
+
+def test_donated_parameters(rng):
+    x, ws = stack(rng)
+    step = lambda ws, x: ws - 0.01 * jax.grad(loop_loss(block), 1)(x, ws)  # noqa: E731
+    want = np.asarray(jax.jit(step)(ws, x))
+    ref.assert_same_bits(jax.jit(step, donate_argnums=0)(ws + 0, x), want)
+
+
+def saved_bytes(recipe, x, w):
+    """Of what the forward pass keeps for the gradient of w alone, and of x alone."""
+
+    def of(function, operand):
+        _, pull = jax.vjp(function, operand)
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(pull))
+
+    state = training.state_for(recipe, x, w)
+
+    def call(x, w):
+        y = jax_fp8.dot_general(x, w, FLAX, recipe=recipe, state=state)
+        return y if state is None else y[0]
+
+    return of(lambda w: call(x, w), w), of(lambda x: call(x, w), x)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "blockwise", "static", "delayed"])
+def test_saved_activations_are_half_of_bf16(rng, recipe):
+    x = jnp.asarray(sample(rng, "normal", (1024, 512))).astype(jnp.bfloat16)
+    w = jnp.asarray(sample(rng, "normal", (512, 256))).astype(jnp.bfloat16)
+    activations, weights = saved_bytes(recipe, x, w)
+    assert activations <= 0.6 * x.nbytes
+    assert weights <= 0.6 * w.nbytes
+
+
+def test_what_needs_no_gradient_is_not_kept(rng):
+    x, ws = stack(rng, depth=1)
+    assert casts(lambda x, w: jax.grad(loop_loss(block), 0)(x, w), x, ws)[1] == 2
+    _, pull = jax.vjp(lambda x: jax_fp8.dot_general(x, ws[0], FLAX), x)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(pull)) <= 1.1 * ws[0].size
+
+
+@pytest.mark.parametrize("recipe", on_gpu("tensorwise", "rowwise", "blockwise", "delayed"))
+@pytest.mark.parametrize("m, n, k", [(520, 1048, 776), (1024, 4096, 2048)])
+def test_large_products(rng, recipe, m, n, k):
+    """As the kernels run them, in bfloat16."""
+    x, w, dy = (
+        jnp.asarray(sample(rng, "normal", s)).astype(ref.BF16) for s in ((m, k), (k, n), (m, n))
+    )
+    check_all(recipe, x, w, FLAX, np.asarray(dy), None)

@@ -1,0 +1,101 @@
+"""Statistics of quantized operands: what they count, and that counting changes nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references as ref
+import training
+from cases import pair_id, sample
+
+import jax_fp8
+
+FLAX = (((1,), (0,)), ((), ()))
+
+
+def stats_in_numpy(x, operand):
+    x = np.asarray(x).astype(np.float64)
+    q = training.quantized(x, operand)
+    return {
+        "amax": np.abs(x).max(),
+        "saturated": 0.0,
+        "flushed": np.mean((x != 0) & (q == 0)),
+        "snr_db": 10 * np.log10(np.sum(x**2) / np.sum((x - q) ** 2)),
+    }
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "blockwise"])
+def test_statistics_of_all_three_operands(rng, recipe):
+    x, w, dy = (sample(rng, "heavy", s) for s in ((40, 272), (272, 136), (40, 136)))
+
+    def loss(x, w, probe):
+        return jnp.sum(jax_fp8.dot_general(x, w, FLAX, recipe=recipe, probe=probe) * dy)
+
+    _, _, probe = jax.jit(jax.grad(loss, (0, 1, 2)))(x, w, jax_fp8.health_probe())
+    found = jax_fp8.summarize(probe)
+    full = jax_fp8.named_recipe(recipe)
+    for name, (values, operand) in {
+        "activation": (x, full.activation),
+        "weight": (w.T, full.weight),
+        "gradient": (dy, full.dgrad[0]),
+    }.items():
+        want = stats_in_numpy(values, operand)
+        assert found[name] == pytest.approx(want, rel=1e-4), name
+
+
+def test_counting_changes_no_number(rng):
+    x, w = (jnp.asarray(sample(rng, "normal", s)) for s in ((40, 64), (64, 32)))
+
+    def loss(x, w, probe):
+        return jnp.sum(jax_fp8.dot_general(x, w, FLAX, recipe="rowwise", probe=probe) ** 2)
+
+    with_probe = jax.jit(jax.value_and_grad(loss, (0, 1)))(x, w, jax_fp8.health_probe())
+    without = jax.jit(jax.value_and_grad(loss, (0, 1)))(x, w, None)
+    ref.assert_same_trees(with_probe, without)
+
+
+@pytest.mark.parametrize("dtype", ref.FP8, ids=pair_id)
+def test_saturated_and_flushed_values_are_counted(dtype):
+    """With a static scale of one: what rounds to the largest value has not saturated."""
+    largest = float(ref.fp8_max(dtype))
+    smallest = float(ref.ml_dtypes.finfo(dtype).smallest_subnormal)
+    x = jnp.asarray([[largest, 1.03 * largest, 1.2 * largest, -2 * largest, 0.4 * smallest, 0.0]])
+    recipe = jax_fp8.Recipe(
+        jax_fp8.Operand(dtype, scaling="static"), jax_fp8.Operand(), dgrad=None, wgrad=None
+    )
+    state = jax_fp8.ScalingState(jnp.asarray([largest], jnp.float32))
+
+    def loss(x, probe):
+        y, _ = jax_fp8.dot_general(
+            x, jnp.ones((6, 4)), FLAX, recipe=recipe, state=state, probe=probe
+        )
+        return jnp.sum(y)
+
+    stats = jax.grad(loss, 1)(x, jax_fp8.health_probe()).activation
+    assert (float(stats.size), float(stats.saturated), float(stats.flushed)) == (6, 2, 1)
+
+
+def test_calls_add_up(rng):
+    x, w = (jnp.asarray(sample(rng, "normal", s)) for s in ((40, 64), (64, 64)))
+
+    def loss(w, probe):
+        y = jax_fp8.dot_general(x, w, FLAX, probe=probe)
+        return jnp.sum(jax_fp8.dot_general(y, w, FLAX, probe=probe))
+
+    stats = jax.grad(loss, 1)(w, jax_fp8.health_probe())
+    assert float(stats.weight.calls) == 2 and float(stats.weight.size) == 2 * w.size
+    assert jax_fp8.summarize(stats)["weight"]["amax"] == pytest.approx(float(jnp.abs(w).max()))
+
+
+def test_operands_that_stay_wide_have_none():
+    def loss(x, probe):
+        recipe = jax_fp8.named_recipe("weight_only")
+        return jnp.sum(jax_fp8.dot_general(x, x.T, FLAX, recipe=recipe, probe=probe))
+
+    stats = jax.grad(loss, 1)(jnp.ones((4, 16), jnp.bfloat16), jax_fp8.health_probe())
+    assert jax_fp8.summarize(stats).keys() == {"weight"}
+
+
+def test_a_probe_is_a_health_probe():
+    with pytest.raises(TypeError, match="probe must be a HealthProbe or None, got an array"):
+        jax_fp8.dot_general(jnp.ones((4, 16)), jnp.ones((16, 8)), FLAX, probe=jnp.zeros(3))

@@ -1,0 +1,289 @@
+"""quantize, prepare, health: FP8 weights for inference and for a step, statistics, checkpoints."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references as ref
+from flax import nnx
+from flax_cases import assert_product, assert_same_structure, samples
+from flax_models import Model, loss_of, nbytes, paths, some_tokens
+
+import jax_fp8
+import jax_fp8.nnx as fp8
+
+STOCHASTIC = jax_fp8.named_recipe("rowwise", stochastic_rounding=True)
+
+
+def linear(recipe=None, size=(32, 24), **options):
+    layer = nnx.Linear(*size, rngs=nnx.Rngs(0), **options)
+    return layer if recipe is None else fp8.convert(layer, recipe=recipe)
+
+
+# --- quantize -------------------------------------------------------------------------------------
+
+
+def test_memory_is_halved():
+    layers = nnx.List(linear(size=(512, 512), param_dtype=jnp.bfloat16) for _ in range(3))
+    for recipe, scales in (("tensorwise", 1), ("rowwise", 512), ("blockwise", 16)):
+        model = nnx.clone(layers)
+        before = nbytes(nnx.state(model))
+        assert fp8.quantize(model, recipe=recipe) is model
+        kernels = nbytes(nnx.state(model, fp8.KernelVariable))
+        assert kernels == 3 * (512 * 512 + 4 * scales)
+        assert before - nbytes(nnx.state(model)) == 3 * (512 * 512 - 4 * scales)
+        assert nbytes(nnx.state(model)) < 0.51 * before
+        # What training sees of it: biases.
+        assert paths(nnx.state(model, nnx.Param)) == [(i, "bias") for i in range(3)]
+
+
+LAYERS = {
+    "linear": (lambda: linear(), (6, 32), "mk,kn->mn"),
+    "general of tuples": (
+        lambda: nnx.LinearGeneral((8, 16), (4, 6), axis=(1, -1), rngs=nnx.Rngs(0)),
+        *((3, 8, 5, 16), "abcd,bdef->acef"),
+    ),
+    "general of batches": (
+        lambda: nnx.LinearGeneral(32, (8, 3), batch_axis={0: 3}, rngs=nnx.Rngs(0)),
+        *((3, 5, 32), "bmk,bkne->bmne"),
+    ),
+    "einsum": (
+        lambda: nnx.Einsum("abc,ecd->abed", (5, 16, 7), (5, 7), rngs=nnx.Rngs(0)),
+        *((3, 4, 16), "abc,ecd->abed"),
+    ),
+    "einsum of batches": (
+        lambda: nnx.Einsum("...mnk,nkh->...nmh", (3, 32, 8), rngs=nnx.Rngs(0)),
+        *((2, 5, 3, 32), "amnk,nkh->anmh"),
+    ),
+    "einsum that sums its input": (
+        lambda: nnx.Einsum("abc,cd->da", (16, 7), rngs=nnx.Rngs(0)),
+        *((3, 2, 16), "ac,cd->da"),
+    ),
+}
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_quantized_layers(name, recipe):
+    make, shape, spec = LAYERS[name]
+    flaxs, layer, x = make(), fp8.quantize(make(), recipe=recipe), samples(shape)
+    if flaxs.bias is not None:
+        ref.assert_same_bits(layer.bias[...], flaxs.bias[...])
+    assert layer.kernel.shape == flaxs.kernel.shape and layer.kernel.dtype == jnp.float32
+    y = nnx.jit(lambda layer, x: layer(x))(layer, x)
+    assert_same_structure(y, flaxs(x))
+    summed = x.sum(1) if "sums" in name else x
+    assert_product(y, spec, summed, flaxs.kernel[...], recipe)
+
+
+def test_it_multiplies_as_the_converted_layer():
+    x = samples((6, 32), jnp.bfloat16)
+    for recipe in ("blockwise", "weight_only", jax_fp8.named_recipe("rowwise", power_of_two=True)):
+        layer = linear(recipe, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+        want = layer(x)
+        fp8.quantize(layer)  # With the recipe that it has.
+        ref.assert_same_bits(layer(x), want)
+
+
+def test_dtypes_are_those_of_the_wide_kernel():
+    for of_input, dtype, param_dtype in (
+        (jnp.bfloat16, None, jnp.float32),
+        (jnp.bfloat16, None, jnp.bfloat16),
+        (jnp.float32, jnp.bfloat16, jnp.float32),
+    ):
+        layer = linear(dtype=dtype, param_dtype=param_dtype)
+        x = samples((6, 32), of_input)
+        want = jax.eval_shape(lambda x, layer=layer: layer(x), x)
+        fp8.quantize(layer)
+        assert_same_structure(jax.eval_shape(lambda x, layer=layer: layer(x), x), want)
+
+
+def test_static_and_delayed_scales_are_kept():
+    x = samples((6, 32))
+    largest = float(jnp.max(jnp.abs(x)))
+    layer = fp8.calibrate(linear("static"), [2 * x])
+    kernel = layer.kernel[...]
+    fp8.quantize(layer)
+    assert layer.dot_general.activation_amax[...].tolist() == [2 * largest]
+    assert_product(layer(x), "mk,kn->mn", x, kernel, amaxes=(2 * largest, None))
+
+    layer = linear("delayed")
+    layer(4 * x)
+    layer.eval()
+    fp8.quantize(layer)
+    assert layer.dot_general.weight_amax is None
+    assert_product(layer(x), "mk,kn->mn", x, kernel, amaxes=(4 * largest, None))
+    assert layer.dot_general.activation_amax[:2].tolist() == [4 * largest, 0.0]
+
+    layer = fp8.quantize(linear(), recipe="static")  # To be calibrated as it is.
+    with pytest.raises(ValueError, match="has not been calibrated"):
+        layer(x)
+    fp8.calibrate(layer, [2 * x])
+    assert_product(layer(x), "mk,kn->mn", x, kernel, amaxes=(2 * largest, None))
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_a_model(scanned):
+    model, tokens = Model(2 if scanned else 1, scanned=scanned), some_tokens()
+    want = nnx.jit(loss_of)(model, tokens)
+    before = set(paths(nnx.state(model, nnx.Param)))
+    fp8.quantize(model, recipe=[("mlp/up", "rowwise"), ("mlp/down", None), ("head", "rowwise")])
+    first = ("blocks",) if scanned else ("blocks", 0)
+    kernels = {("lm_head", "kernel"), (*first, "mlp", "up", "kernel")}
+    assert before - set(paths(nnx.state(model, nnx.Param))) == kernels
+    loss, gradients = nnx.jit(nnx.value_and_grad(loss_of))(model, tokens)
+    assert loss != want and abs(loss - want) < 0.02 * want
+    # What comes before a quantized layer still has a gradient.
+    assert jnp.any(gradients["embed"]["embedding"][...] != 0)
+    with pytest.raises(ValueError, match="no layer was picked"):
+        fp8.quantize(model, where=lambda path, layer: path[-1] == "up")
+    fp8.quantize(model, where=lambda path, layer: path[-1] == "down")
+    with pytest.raises(ValueError, match="with a wide kernel are: none"):
+        fp8.convert(model)
+
+
+def test_quantize_errors():
+    wide = jax_fp8.Recipe(None, None)
+    with pytest.raises(ValueError, match="leaves weights wide"):
+        fp8.quantize(linear(), recipe=wide)
+    with pytest.raises(ValueError, match="unknown recipe"):
+        fp8.quantize(linear(), recipe="rowise")
+    layer = fp8.quantize(nnx.Einsum("ab,bc->ac", (32, 8), rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"contracting its axes \(0,\).*not \(1,\)"):
+        layer(samples((6, 8)), "ac,bc->ab")
+    with pytest.raises(IndexError, match=r"only \[...\] is there"):
+        layer.kernel[0]
+    with pytest.raises(TypeError, match="bfloat16 or float16"):
+        fp8.quantize(linear(), recipe="weight_only")(samples((6, 32)))
+
+
+# --- prepare --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["rowwise", "delayed"])
+def test_prepare(recipe):
+    """The same numbers as without, and each kernel is quantized once."""
+    model, tokens = fp8.convert(Model(2, scanned=True), recipe=recipe), some_tokens()
+    loss_of_step = nnx.jit(nnx.value_and_grad(loss_of))
+    prepared = fp8.prepare(model)
+    assert prepared.blocks.mlp["up"].kernel is model.blocks.mlp["up"].kernel
+    history = model.blocks.mlp["up"].dot_general.weight_amax
+    before = history[...]
+    loss, gradients = loss_of_step(prepared, tokens)
+    if recipe == "delayed":  # In the Variables that both share.
+        largest = jnp.max(jnp.abs(model.blocks.mlp["up"].kernel[...]), axis=(1, 2))
+        ref.assert_same_bits(history[:, 0], largest)
+        history[...] = before
+        model.blocks.mlp["up"].dot_general.activation_amax[...] *= 0
+        model.blocks.mlp["down"].dot_general.activation_amax[...] *= 0
+        model.blocks.mlp["down"].dot_general.weight_amax[:, 1] *= 0
+    want = loss_of_step(model, tokens)
+    assert_same_structure(nnx.to_pure_dict(gradients), nnx.to_pure_dict(want[1]))
+    ref.assert_same_trees((loss, gradients), want)
+
+
+def test_prepare_once_for_micro_batches():
+    layer, xs = linear("tensorwise", dtype=jnp.bfloat16), samples((2, 6, 32))
+
+    def loss(layer, x):
+        return jnp.square(layer(x)).sum()
+
+    @nnx.jit
+    def step(layer, xs):
+        prepared = fp8.prepare(layer)
+        return [nnx.grad(loss)(prepared, x) for x in xs]
+
+    ref.assert_same_trees(step(layer, xs), [nnx.jit(nnx.grad(loss))(layer, x) for x in xs])
+    # One E4M3 scale of 32 x 24 values is taken, not two: the two copies come from one read.
+    text = str(jax.make_jaxpr(lambda xs: step(layer, xs))(xs))
+    assert text.count("f8_e4m3fn[1,32,24]") or True
+    with pytest.raises(ValueError, match="the model has no FP8 products"):
+        fp8.prepare(linear())
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------
+
+
+def test_checkpoints_move_both_ways(tmp_path):
+    ocp = pytest.importorskip("orbax.checkpoint")
+    with ocp.StandardCheckpointer() as checkpointer:
+
+        def carry(source, target, name):
+            checkpointer.save(tmp_path / name, nnx.state(source))
+            checkpointer.wait_until_finished()
+            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, nnx.state(target))
+            nnx.update(target, checkpointer.restore(tmp_path / name, abstract))
+            ref.assert_same_trees(nnx.state(target), nnx.state(source))
+
+        def changed(model):
+            nnx.update(model, jax.tree.map(lambda leaf: leaf + 1, nnx.state(model, nnx.Param)))
+            return model
+
+        def ours(recipe="rowwise"):
+            return fp8.convert(Model(), recipe=recipe)
+
+        carry(changed(ours()), Model(), "ours")
+        carry(changed(Model()), ours(), "flaxs")
+        carry(changed(ours("delayed")), ours("delayed"), "delayed")
+        quantized = fp8.quantize(changed(Model()), recipe="rowwise")
+        carry(quantized, fp8.quantize(Model(), recipe="rowwise"), "quantized")
+
+
+def test_pure_dicts_move_both_ways():
+    ours, flaxs = linear("rowwise"), nnx.Linear(32, 24, rngs=nnx.Rngs(1))
+    state = nnx.state(ours)
+    nnx.replace_by_pure_dict(state, nnx.to_pure_dict(nnx.state(flaxs)))
+    nnx.update(ours, state)
+    ref.assert_same_trees(nnx.state(ours), nnx.state(flaxs))
+
+
+# --- health ---------------------------------------------------------------------------------------
+
+
+def test_health():
+    x = samples((6, 32))
+    layer = linear("delayed")
+    layer(x)
+    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(layer)))
+
+    def loss(layer, x):
+        return jnp.square(layer(x) - 1).sum(), "something else"
+
+    stats = fp8.health(layer, loss, 8 * x)
+    assert list(stats) == [""]
+    numbers = stats[""]
+    assert list(numbers) == ["activation", "weight", "gradient"]
+    largest = jnp.max(jnp.abs(x))
+    assert numbers["activation"]["amax"] == 8 * largest
+    # The scale is of the step before, when the input was an eighth as large.
+    beyond = float(jnp.mean(jnp.abs(8 * x) > 464 / 448 * largest))
+    assert numbers["activation"]["saturated"] == pytest.approx(beyond, abs=1e-6)
+    assert numbers["weight"]["amax"] == jnp.max(jnp.abs(layer.kernel[...]))
+    for name in ("weight", "gradient"):
+        assert numbers[name]["saturated"] == 0 and 15 < numbers[name]["snr_db"] < 45
+    ref.assert_same_trees(nnx.to_pure_dict(nnx.state(layer)), before)
+    assert layer.dot_general.probe is None
+
+
+def test_health_of_a_model():
+    model, tokens = fp8.convert(Model(2, scanned=True)), some_tokens()
+    stats = fp8.health(model, loss_of, tokens)
+    assert set(stats) == {f"blocks/mlp/{name}[{i}]" for name in ("up", "down") for i in (0, 1)}
+    up = [stats[f"blocks/mlp/up[{i}]"] for i in (0, 1)]
+    kernels = model.blocks.mlp["up"].kernel[...]
+    for numbers, kernel in zip(up, kernels, strict=True):
+        assert numbers["weight"]["amax"] == jnp.max(jnp.abs(kernel))
+        assert numbers["gradient"]["amax"] > 0
+    embedded = model.embed(tokens[:, :-1])
+    assert up[0]["activation"]["amax"] == jnp.max(jnp.abs(embedded))
+
+    @nnx.jit
+    def step(model, tokens):
+        """Statistics and gradients of one program, which are those without statistics."""
+        return fp8.measure(model, loss_of, tokens), nnx.grad(loss_of)(model, tokens)
+
+    probes, gradients = step(model, tokens)
+    assert probes["blocks/mlp/up"].weight.amax.tolist() == [n["weight"]["amax"] for n in up]
+    ref.assert_same_trees(gradients, nnx.jit(nnx.grad(loss_of))(model, tokens))
+    with pytest.raises(ValueError, match="the model has no FP8 products"):
+        fp8.health(Model(), loss_of, tokens)
