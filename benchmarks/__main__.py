@@ -107,7 +107,8 @@ def _is_done(name: str, options: argparse.Namespace) -> bool:
 
 def _run(options: argparse.Namespace) -> int:
     failed, written = 0, []
-    names = options.only or list(benchmarks())
+    usual = [n for n, module in benchmarks().items() if not getattr(module, "BY_NAME", False)]
+    names = options.only or usual
     if options.resume:
         names = [name for name in names if not _is_done(name, options)]
     for name in tqdm(names, desc="benchmarks", unit="part", position=0):

@@ -179,36 +179,28 @@ def _accuracy(figure: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def _gpt(figure: Any, rows: list[dict[str, Any]]) -> None:
-    """Loss curves, a panel for each problem, and the last of them against bf16's."""
-    problems = tables.groups([row for row in rows if row.get("losses")], gpt.KEYS)
-    panels = figure.subplots(1, 2 * len(problems), squeeze=False)[0] if problems else []
-    for group, curves, last in zip(problems.values(), panels[::2], panels[1::2], strict=True):
-        bf16 = group.get("bf16")
-        for i, (name, row) in enumerate(group.items()):
-            style = {"color": _COLORS[i % len(_COLORS)], "linewidth": 1.1, "label": name}
-            steps = [min((j + 1) * row["report"], row["steps"]) for j in range(len(row["losses"]))]
-            curves.plot(steps, row["losses"], **style)
-            curves.plot(
-                row["validated_at"],
-                row["validation_losses"],
-                _MARKS[0],
-                **{**style, "label": None},
-                markersize=4,
-            )
-            if bf16 and row is not bf16:
-                off = [
-                    100 * (a / b - 1) for a, b in zip(row["losses"], bf16["losses"], strict=True)
-                ]
-                last.plot(steps, off, **style)
-        first = next(iter(group.values()))
-        curves.set_title(f"{first['preset']}: loss (points: held out)", fontsize=9)
-        curves.set_ylabel("nats a byte")
-        curves.legend(fontsize=7)
-        last.set_title("loss over bf16's on the same batches", fontsize=9)
-        last.set_ylabel("%")
-        last.axhline(0, color="0.6", linewidth=1)
-        for axes in (curves, last):
-            axes.set_xlabel("steps")
+    """Loss curves of the longest run, and each against bf16's on the same batches."""
+    groups = tables.groups([r for r in rows if r.get("step_ms")], gpt.KEYS).values()
+    group = max(groups, key=lambda group: next(iter(group.values()))["steps"], default={})
+    left, right = figure.subplots(1, 2)
+    wide = group.get("bf16")
+    for i, (name, row) in enumerate(group.items()):
+        color = plt.get_cmap("tab10")(i % 10)
+        steps = [min((j + 1) * row["report"], row["steps"]) for j in range(len(row["losses"]))]
+        label = f"{name.replace('_', ' ')}, {row['step_ms']:.3g} ms a step"
+        left.plot(steps, row["losses"], color=color, linewidth=1, label=label)
+        left.plot(row["validated_at"], row["validation_losses"], "o", color=color, markersize=3)
+        if wide is not None and row is not wide:
+            off = [100 * (a / b - 1) for a, b in zip(row["losses"], wide["losses"], strict=True)]
+            right.plot(steps, off, color=color, linewidth=1)
+    for axes in (left, right):
+        axes.set_xlabel("steps")
+    left.set_ylabel("nats a byte (points: held out)")
+    left.legend(fontsize=7)
+    right.axhline(0, color="0.6", linewidth=1)
+    right.set_ylabel("% over bf16's loss on the same batches")
+    if group:
+        left.set_title(f"GPT {next(iter(group.values()))['preset']}, loss", fontsize=9)
 
 
 #: Name of the results -> what draws them into a figure.

@@ -7,7 +7,8 @@ A benchmark is a module with
   ``us`` None and ``error``, as ``tables.failure`` makes it;
 - ``table(rows) -> str``: Markdown, a title and a table, which is what the README takes, and more;
 - ``KEYS``: the fields of a row that tell the problem;
-- ``REFERENCE`` and ``FIGURES``, where they are others than none and ``("us",)``: for ``compare``.
+- ``REFERENCE`` and ``FIGURES``, where they are others than none and ``("us",)``: for ``compare``;
+- ``BY_NAME``, true where it takes so long that it runs only if it is asked for.
 
 Its picture, if it has one, is in ``plots.DRAWINGS``, its targets in ``targets.CHECKS``.
 """

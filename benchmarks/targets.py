@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks import gpt, peers, tables, training
+from benchmarks import dense_layers, gpt, peers, tables, training
 
 Row = dict[str, Any]
 Problems = dict[tuple[Any, ...], tables.Group]
@@ -174,7 +174,7 @@ def _training(problems: Problems) -> Iterator[Verdict]:
             over = tables.ratio(group, name, "flax_direct")
             yield Verdict(f"training {_size(key)}, {name} over flax's direct", over, 1.0)
     group = problems.get((training.STEP, *next(iter(_STEP_SPEEDUPS))), {})
-    for name in training.NARROW:
+    for name in dense_layers.NARROW:
         ours, wide = (tables.value(group, v, "activation_bytes") for v in (name, "bf16"))
         share = ours / wide if ours and wide else None
         yield Verdict(f"training, {name}: what is kept of x over bf16's", share, 0.6)

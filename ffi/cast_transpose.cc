@@ -33,12 +33,6 @@ struct Attributes {
 
 bool is_absent(const xffi::AnyBuffer& buffer) { return dims(buffer) == Shape{0}; }
 
-std::string show(const Shape& shape) {
-  std::string text;
-  for (const int64_t extent : shape) text += (text.empty() ? "" : ",") + std::to_string(extent);
-  return "[" + text + "]";
-}
-
 // Takes a layout's data and scale, or neither of them.
 xffi::Error take_layout(const char* layout, const Shape& shape, const Attributes& attributes,
                         const xffi::AnyBuffer& data, const xffi::AnyBuffer& scale, CastTranspose* q,

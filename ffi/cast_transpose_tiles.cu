@@ -8,7 +8,7 @@
 namespace jax_fp8 {
 namespace {
 
-constexpr int kBandShift = 3;
+constexpr int kBandShift = 1;
 
 // The random bits of the 8 elements that a thread has in a row.
 struct Bits {

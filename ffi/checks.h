@@ -3,9 +3,11 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstdio>
 #include <exception>
-#include <sstream>
 #include <string>
+#include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "ffi/fp8.h"
@@ -15,12 +17,26 @@ namespace jax_fp8 {
 
 namespace xffi = xla::ffi;
 
-// Builds a message from parts that can be printed.
+// Streams would do the same, but where libstdc++ is linked into the module, those of another copy
+// in the process may be given the wrong locale.
+inline void append(std::string* text, std::string_view part) { text->append(part); }
+template <typename Number, typename = std::enable_if_t<std::is_arithmetic_v<Number>>>
+void append(std::string* text, Number part) {
+  if constexpr (std::is_integral_v<Number>) {
+    text->append(std::to_string(part));
+  } else {
+    char digits[32];
+    std::snprintf(digits, sizeof digits, "%g", static_cast<double>(part));
+    text->append(digits);
+  }
+}
+
+// Builds a message from text and numbers.
 template <typename... Parts>
 std::string join(const Parts&... parts) {
-  std::ostringstream out;
-  (out << ... << parts);
-  return out.str();
+  std::string text;
+  (append(&text, parts), ...);
+  return text;
 }
 
 template <typename... Parts>
@@ -54,20 +70,20 @@ inline std::vector<int64_t> dims(const xffi::AnyBuffer& buffer) {
   return {buffer.dimensions().begin(), buffer.dimensions().end()};
 }
 
+// As "[2,16,32]".
+inline std::string show(const std::vector<int64_t>& shape) {
+  std::string text;
+  for (const int64_t extent : shape) text += (text.empty() ? "" : ",") + std::to_string(extent);
+  return "[" + text + "]";
+}
+
 // As "float8_e4m3fn[2,16,32]".
 inline std::string describe(const xffi::AnyBuffer& buffer) {
   Type type;
-  std::ostringstream out;
-  if (to_type(buffer.element_type(), &type)) {
-    out << type_name(type);
-  } else {
-    out << "dtype " << static_cast<int>(buffer.element_type());
-  }
-  out << '[';
-  const auto shape = dims(buffer);
-  for (size_t i = 0; i < shape.size(); ++i) out << (i ? "," : "") << shape[i];
-  out << ']';
-  return out.str();
+  const bool known = to_type(buffer.element_type(), &type);
+  const std::string name =
+      known ? type_name(type) : join("dtype ", static_cast<int>(buffer.element_type()));
+  return name + show(dims(buffer));
 }
 
 inline bool is_f32(const xffi::AnyBuffer& buffer) {

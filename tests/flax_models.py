@@ -60,6 +60,27 @@ class Model(nnx.Module):
         return self.lm_head(x)
 
 
+def stacked_linear(count, width):
+    """Dense layers for ``through_stack``."""
+
+    @nnx.split_rngs(splits=count)
+    @nnx.vmap
+    def make(rngs):
+        return nnx.Linear(width, width, rngs=rngs)
+
+    return make(nnx.Rngs(0))
+
+
+def through_stack(layers, x):
+    """The mean square of what a scan over stacked layers makes of ``x``."""
+
+    @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    def run(layer, x):
+        return jnp.tanh(layer(x))
+
+    return jnp.square(run(layers, x)).mean()
+
+
 def loss_of(model, tokens):
     logits = model(tokens[:, :-1])
     chosen = jnp.take_along_axis(nnx.log_softmax(logits), tokens[:, 1:, None], axis=-1)

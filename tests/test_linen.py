@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references as ref
-from flax_cases import DTYPES, assert_product, assert_same_structure, dtypes_id, samples
+from flax_cases import (
+    DTYPES,
+    assert_product,
+    assert_same_structure,
+    dtypes_id,
+    quick_compilation,
+    samples,
+)
 
 import jax_fp8
 import jax_fp8.linen as fp8
@@ -45,6 +52,12 @@ LAYERS = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quickly():
+    with quick_compilation():
+        yield
+
+
 def pair(name, **more):
     """Flax's layer and this library's, with an input and the product."""
     kind, fields, shape, spec = LAYERS[name]
@@ -55,8 +68,10 @@ def params_of(layer, *inputs):
     return layer.init(KEY, *inputs)["params"]
 
 
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+@pytest.mark.parametrize(
+    "name, recipe",
+    [*((name, "rowwise") for name in LAYERS), ("dense", "tensorwise"), ("einsum", "tensorwise")],
+)
 def test_layers(name, recipe):
     kind, fields, shape, spec = LAYERS[name]
     flaxs, ours = getattr(nn, kind)(**fields), getattr(fp8, kind)(**fields, recipe=recipe)

@@ -7,7 +7,14 @@ import optax
 import pytest
 import references as ref
 from flax import nnx
-from flax_cases import DTYPES, assert_product, assert_same_structure, dtypes_id, samples
+from flax_cases import (
+    DTYPES,
+    assert_product,
+    assert_same_structure,
+    dtypes_id,
+    quick_compilation,
+    samples,
+)
 from flax_models import paths
 
 import jax_fp8
@@ -44,6 +51,12 @@ LAYERS = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quickly():
+    with quick_compilation():
+        yield
+
+
 def both(name, recipe="tensorwise", **more):
     """Flax's layer and this library's, with the shape of an input and the product."""
     kind, arguments, options, shape, spec = LAYERS[name]
@@ -58,8 +71,10 @@ def shape_of_result(layer, x):
     return jax.eval_shape(lambda x: layer(x), x)
 
 
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+@pytest.mark.parametrize(
+    "name, recipe",
+    [*((name, "rowwise") for name in LAYERS), ("linear", "tensorwise"), ("einsum", "tensorwise")],
+)
 def test_layers(name, recipe):
     flaxs, ours, shape, spec = both(name, recipe)
     x = samples(shape)

@@ -7,7 +7,7 @@ import optax
 import pytest
 import references as ref
 from flax import nnx
-from flax_cases import assert_product, assert_same_structure, samples
+from flax_cases import assert_product, assert_same_structure, quick_compilation, samples
 from flax_models import Model, loss_of, paths, some_tokens
 
 import jax_fp8
@@ -15,6 +15,12 @@ import jax_fp8.nnx as fp8
 
 STOCHASTIC = jax_fp8.named_recipe("rowwise", stochastic_rounding=True)
 ATTENTION = [f"attention/{name}" for name in ("key", "out", "query", "value")]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quickly():
+    with quick_compilation():
+        yield
 
 
 def recipes_of(model):

@@ -4,7 +4,7 @@ import pathlib
 import sys
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[1]
-if sys.path[0] == str(EXAMPLES / "gpt"):
+if pathlib.Path(sys.path[0]).resolve() == EXAMPLES / "gpt":
     sys.path[0] = str(EXAMPLES)
 # Last: an installed jax_fp8, which has the extension, goes before the working tree's.
 sys.path.append(str(EXAMPLES.parent))

@@ -26,7 +26,9 @@ class Config:
       vocabulary: tokens.
       unroll: layers in one turn of the loop over them. All of them leave the compiler no loop,
         and no copies into and out of stacks, but take longer to compile.
-      dtype: of the products; parameters and the residual stream's statistics are in float32.
+      attention: the implementation of ``jax.nn.dot_product_attention``; None is cuDNN's on a GPU
+        and XLA's elsewhere.
+      dtype: of the products and the residual stream. Parameters are float32.
     """
 
     width: int = 768
@@ -36,12 +38,18 @@ class Config:
     length: int = 1024
     vocabulary: int = 256
     unroll: int = 1
+    attention: str | None = None
     dtype: jnp.dtype = jnp.bfloat16
 
     @property
     def head(self) -> int:
         """The size of a head."""
         return self.width // self.heads
+
+    @property
+    def kernel(self) -> str:
+        """The implementation of the attention."""
+        return self.attention or ("cudnn" if jax.default_backend() == "gpu" else "xla")
 
     @property
     def weights(self) -> dict[str, tuple[int, int]]:
@@ -61,14 +69,6 @@ def rotary(x: jax.Array) -> jax.Array:
     cos, sin = (f(angle)[:, None, :].astype(jnp.float32) for f in (jnp.cos, jnp.sin))
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Causal attention of (batch, length, heads, size): cuDNN's where it takes these."""
-    flash = q.dtype in (jnp.bfloat16, jnp.float16) and jax.default_backend() == "gpu"
-    flash = flash and q.shape[1] % 64 == 0 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    implementation = "cudnn" if flash else "xla"
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
 
 
 class Block(nnx.Module):
@@ -92,7 +92,9 @@ class Block(nnx.Module):
         batch, length, _ = x.shape
         qkv = self.qkv(self.attention_norm(x)).reshape(batch, length, 3, -1, self.config.head)
         q, k, v = (qkv[:, :, i] for i in range(3))
-        attended = attend(rotary(q), rotary(k), v)
+        attended = jax.nn.dot_product_attention(
+            rotary(q), rotary(k), v, is_causal=True, implementation=self.config.kernel
+        )
         x = x + self.out(attended.reshape(x.shape))
         gate, up = jnp.split(self.gate_up(self.mlp_norm(x)), 2, axis=-1)
         return x + self.down(nnx.silu(gate) * up)
@@ -127,5 +129,7 @@ class GPT(nnx.Module):
         def through(block: Block, x: jax.Array) -> jax.Array:
             return block(x)
 
-        x = through(self.blocks, self.embed(tokens))
+        # The same values as `self.embed(tokens)`, whose gradient adds up one row after the other.
+        chosen = jax.nn.one_hot(tokens, self.config.vocabulary, dtype=self.config.dtype)
+        x = through(self.blocks, chosen @ self.embed.embedding[...].astype(self.config.dtype))
         return self.head(self.norm(x)).astype(jnp.float32)

@@ -43,6 +43,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", type=int, help="sequences in a step")
     add("--length", type=int, help="bytes of a sequence")
     add("--unroll", type=int, help="layers in one turn of the loop over them")
+    add("--attention", choices=("cudnn", "xla"), help="cuDNN's on a GPU, if not given")
     add("--seed", type=int, help="of the weights and the batches")
     add("--out", type=pathlib.Path, default=pathlib.Path("out"), metavar="DIR")
     add("--resume", action="store_true", help="leave out the recipes that DIR has results of")
@@ -57,10 +58,12 @@ def _training(options: argparse.Namespace) -> Training:
     """The preset with what the command line changes of it."""
     training = PRESETS[options.preset]
 
-    def given(*names: str) -> dict[str, int]:
+    def given(*names: str) -> dict[str, Any]:
         return {n: value for n in names if (value := getattr(options, n)) is not None}
 
-    config = dataclasses.replace(training.config, **given("layers", "width", "length", "unroll"))
+    config = dataclasses.replace(
+        training.config, **given("layers", "width", "length", "unroll", "attention")
+    )
     if options.width is not None:
         hidden = -(-8 * options.width // (3 * 128)) * 128
         size = 128 if options.width >= 2048 else 64 if options.width >= 256 else 32
@@ -77,6 +80,7 @@ def describe(preset: str, training: Training) -> Row:
         **{name: getattr(training, name) for name in ("batch", "steps", "seed")},
         "report": training.report,
         "unroll": config.unroll,
+        "attention": config.kernel,
         "tokens_per_step": training.batch * config.length,
         "dense_share": dense_share(training),
     }

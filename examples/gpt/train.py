@@ -37,6 +37,7 @@ class Training:
       validations: how often, spread evenly; the last is behind the last step.
       seed: of the weights and of the batches.
       report: steps between two looks at the device, which runs ahead of the host meanwhile.
+      compiler: options of XLA's.
     """
 
     config: Config = Config()
@@ -47,6 +48,7 @@ class Training:
     validations: int = 5
     seed: int = 0
     report: int = 20
+    compiler: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 #: 100m and wide are for a GPU; wide is to be timed, and need not learn much.
@@ -69,6 +71,7 @@ PRESETS = {
         validated=16,
         validations=2,
         report=10,
+        compiler={"xla_backend_optimization_level": 0},  # A CPU compiles longer than it runs.
     ),
 }
 
@@ -161,10 +164,11 @@ class Run:
             loss = step_of(model, optimizer, tokens)
             return nnx.state((model, optimizer)), loss
 
-        return step.lower(self._state, self._corpus, self._starts, jnp.int32(0)).compile()
+        lowered = step.lower(self._state, self._corpus, self._starts, jnp.int32(0))
+        return lowered.compile(self.training.compiler)
 
     def _calibration(self) -> Any:
-        @functools.partial(jax.jit, donate_argnums=0)
+        @functools.partial(jax.jit, donate_argnums=0, compiler_options=self.training.compiler)
         def calibrate(state: Any, corpus: jax.Array, starts: jax.Array) -> Any:
             model, optimizer = nnx.merge(self._graph, state)
             tokens = windows(corpus, starts, self.training.config.length)
@@ -174,7 +178,7 @@ class Run:
         return calibrate
 
     def _evaluation(self) -> Any:
-        @jax.jit
+        @functools.partial(jax.jit, compiler_options=self.training.compiler)
         def evaluate(state: Any, corpus: jax.Array, starts: jax.Array) -> jax.Array:
             model, _ = nnx.merge(self._graph, state)
             model.eval()  # Delayed scales are taken as they are.
@@ -235,7 +239,8 @@ def train(training: Training, recipe: str, corpus: data.Corpus) -> Row:
     with tqdm(total=training.steps, desc=recipe, unit="step", mininterval=1.0) as bar:
         bar.set_postfix_str("compiling")
         run = Run(training, recipe, corpus)
-        at = [training.steps * (i + 1) // training.validations for i in range(training.validations)]
+        count = training.validations
+        at = sorted({max(1, training.steps * (i + 1) // count) for i in range(count)})
         validations = []
         while (done := len(run.losses)) < training.steps:
             stop = min([done + training.report, *(step for step in at if step > done)])
@@ -286,23 +291,25 @@ def dense_share(training: Training) -> float:
 def dense_ms(training: Training, recipe: str, repeats: int = 10) -> float:
     """Milliseconds of values and gradients of all dense layers of a step, each layer alone."""
     config, total = training.config, 0.0
-    block = recipes.convert(Block(config, nnx.Rngs(0)), recipe)
+    block = recipes.convert(nnx.jit(lambda: Block(config, nnx.Rngs(0)))(), recipe)
     tokens = training.batch * config.length
     for name, (k, n) in config.weights.items():
-        layer, wrt = getattr(block, name), recipes.differentiated(recipe)
-        graph, parameters, rest = nnx.split(layer, wrt, ...)
-
-        def call(parameters: Any, rest: Any, x: jax.Array, dy: jax.Array, graph=graph) -> Any:
-            def forward(parameters: Any, x: jax.Array) -> jax.Array:
-                return nnx.merge(graph, parameters, rest)(x)
-
-            y, pull = jax.vjp(forward, parameters, x)
-            return y, pull(dy)
-
         x, dy = (
             jax.random.normal(jax.random.key(i), (tokens, size), config.dtype)
             for i, size in enumerate((k, n))
         )
+        layer, wrt = getattr(block, name), recipes.differentiated(recipe)
+        if recipes.is_calibrated(recipe):
+            jax_fp8.nnx.calibrate(layer, [x])
+        graph, parameters, rest = nnx.split(layer, wrt, ...)
+
+        def call(parameters: Any, rest: Any, x: jax.Array, dy: jax.Array, graph=graph) -> Any:
+            def forward(parameters: Any, x: jax.Array) -> jax.Array:
+                return nnx.merge(graph, parameters, rest, copy=True)(x)
+
+            y, pull = jax.vjp(forward, parameters, x)
+            return y, pull(dy)
+
         jitted = jax.jit(call)
         operands = (parameters, rest, x, dy)
         for _ in range(3):

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from opt_einsum.parser import parse_einsum_input
 
 from jax_fp8._src.axes import view_of
 from jax_fp8._src.dot_general import dot_general
@@ -73,9 +72,9 @@ class FP8Kernel(nnx.Module):
         return ScaledArray(self.data[...], self.scale[...], self.granularity)
 
     def multiply(
-        self, product: Callable[..., Any], lhs: Any, dimension_numbers: Any, **options: Any
+        self, lhs: Any, dimension_numbers: Any, *, out_sharding: Any = None, **options: Any
     ) -> Any:
-        """What ``product``, a ``dot_general``, makes of ``lhs`` and the kernel in its own axes."""
+        """What ``jax_fp8.dot_general`` makes of ``lhs`` and the kernel in its own axes."""
         (lhs_contract, contract), (lhs_batch, batch) = dimension_numbers
         if set(contract) != set(self.contract) or tuple(batch) != self.batch:
             raise ValueError(
@@ -88,10 +87,12 @@ class FP8Kernel(nnx.Module):
         if not self.batch:
             values = jax.tree.map(lambda leaf: leaf[None], values)
         last = 2 if view.contract_last else 1
-        found = product(view.apply(lhs), values, (((last,), (2,)), ((0,), (0,))), **options)
+        found = dot_general(view.apply(lhs), values, (((last,), (2,)), ((0,), (0,))), **options)
         y, *state = found if isinstance(found, tuple) else (found,)
         own = [size for axis, size in enumerate(self.shape) if axis not in (*contract, *batch)]
         y = y.reshape(*(lhs.shape[axis] for axis in (*lhs_batch, *view.free)), *own)
+        if out_sharding is not None:
+            y = jax.sharding.reshard(y, out_sharding)
         return (y, *state) if state else y
 
 
@@ -134,43 +135,11 @@ def kernel_axes(layer: Any) -> tuple[Axes, Axes]:
     return contract, tuple(right.index(label) for label in shared if label in result)
 
 
-def einsum_with_kernel(
-    spec: str, lhs: Any, kernel: Any, *, out_sharding: Any = None, **options: Any
-) -> Any:
-    """``jax_fp8.einsum`` with an FP8Kernel or a PreparedWeight on the right."""
-    inputs, result, _ = parse_einsum_input((spec, lhs.shape, kernel.shape), shapes=True)
-    left, right = inputs.split(",")
-    lost = [label for label in right if label not in left + result]
-    if lost or any(len(set(labels)) < len(labels) for labels in (left, right, result)):
-        raise ValueError(
-            f"einsum: {spec!r} sums the kernel over an axis of its own, or has an index twice; with"
-            " an FP8 kernel it cannot"
-        )
-    alone = tuple(i for i, label in enumerate(left) if label not in right + result)
-    if alone:
-        lhs = lhs.sum(alone)
-        left = "".join(label for label in left if label in right + result)
-    shared = [label for label in left if label in right]
-    contract = [label for label in shared if label not in result]
-    batch = [label for label in shared if label in result]
-
-    def places(labels: str, wanted: list[str]) -> Axes:
-        return tuple(labels.index(label) for label in wanted)
-
-    dimension_numbers = (
-        (places(left, contract), places(right, contract)),
-        (places(left, batch), places(right, batch)),
-    )
-    if isinstance(kernel, FP8Kernel):
-        found = kernel.multiply(dot_general, lhs, dimension_numbers, **options)
-    else:
-        found = dot_general(lhs, kernel, dimension_numbers, **options)
-    y, *state = found if isinstance(found, tuple) else (found,)
-    order = batch + [label for label in left + right if label not in shared]
-    y = y.transpose([order.index(label) for label in result])
-    if out_sharding is not None:
-        y = jax.sharding.reshard(y, out_sharding)
-    return (y, *state) if state else y
+def multiply(lhs: Any, rhs: Any, dimension_numbers: Any, **options: Any) -> Any:
+    """``jax_fp8.dot_general``, of which ``rhs`` may be an FP8Kernel."""
+    if isinstance(rhs, FP8Kernel):
+        return rhs.multiply(lhs, dimension_numbers, **options)
+    return dot_general(lhs, rhs, dimension_numbers, **options)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +14,9 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from jax_fp8._src.dot_general import dot_general
-from jax_fp8._src.einsum import einsum
+from jax_fp8._src.einsum import einsum, einsum_by
 from jax_fp8._src.layers import refuse_options, scalings, with_dynamic_scales
-from jax_fp8._src.nnx_kernel import FP8Kernel, einsum_with_kernel
+from jax_fp8._src.nnx_kernel import FP8Kernel, multiply
 from jax_fp8._src.recipe import Recipe, get_recipe
 from jax_fp8._src.scaling import ScalingState, calibrate, init_scaling
 
@@ -103,19 +103,17 @@ class DotGeneral(nnx.Module):
         out_sharding: Any = None,
     ) -> jax.Array:
         """``lax.dot_general`` of an activation and a weight."""
-        options = {"precision": precision, "preferred_element_type": preferred_element_type}
 
         def product(rhs: Any, **fp8: Any) -> Any:
-            if isinstance(rhs, FP8Kernel):
-                return rhs.multiply(dot_general, lhs, dimension_numbers, **options, **fp8)
-            return dot_general(
-                lhs, rhs, dimension_numbers, out_sharding=out_sharding, **options, **fp8
+            return multiply(
+                *(lhs, rhs, dimension_numbers),
+                precision=precision,
+                preferred_element_type=preferred_element_type,
+                out_sharding=out_sharding,
+                **fp8,
             )
 
-        y = self._run(product, lhs, rhs)
-        if out_sharding is not None and isinstance(rhs, FP8Kernel):
-            y = jax.sharding.reshard(y, out_sharding)
-        return y
+        return self._run(product, lhs, rhs)
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """What ``nnx.view`` calls, as of BatchNorm."""
@@ -187,8 +185,10 @@ class EinsumOp(DotGeneral):
 
     def __call__(self, spec: str, lhs: Any, rhs: Any, **options: Any) -> jax.Array:  # type: ignore[override]
         """``jnp.einsum`` of an activation and a weight."""
-        is_plain = not isinstance(rhs, FP8Kernel) and self.prepared is None
-        product: Any = einsum if is_plain else einsum_with_kernel
+        if isinstance(rhs, FP8Kernel):
+            product: Any = functools.partial(einsum_by, multiply)
+        else:
+            product = einsum
         return self._run(lambda rhs, **fp8: product(spec, lhs, rhs, **options, **fp8), lhs, rhs)
 
 

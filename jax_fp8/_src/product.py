@@ -365,9 +365,12 @@ def _multiply_wide(
     """The wide product over the last axis of each, or the one before."""
     common = jnp.promote_types(a.dtype, b.dtype)
     contract = ((2 if a_last else 1,), (2 if b_last else 1,))
-    return lax.dot_general(
+    # XLA on a GPU multiplies float32 values in fewer digits where the result has fewer.
+    summed = jnp.promote_types(common, dtype)
+    y = lax.dot_general(
         *(a.astype(common), b.astype(common)),
         (contract, ((0,), (0,))),
         precision=precision,
-        preferred_element_type=dtype,
+        preferred_element_type=summed,
     )
+    return y.astype(dtype)
