@@ -18,6 +18,28 @@ struct Bits {
   }
 };
 
+// A kernel has these many times over. Where it is not for its speed they are called: inlined, they
+// made up most of the module.
+__device__ __noinline__ uint32_t random_bits_called(uint32_t key0, uint32_t key1, uint64_t index) {
+  return random_bits(key0, key1, index);
+}
+
+template <Type out>
+__device__ __noinline__ uint32_t encode_four_called(float a, float b, float c, float d) {
+  return encode_pair<out>(a, b) | encode_pair<out>(c, d) << 16;
+}
+
+// Rounded with 16 bits each, those of the first in the low half.
+template <Type out>
+__device__ __noinline__ uint32_t encode_four_random(float a, float b, float c, float d,
+                                                    uint32_t bits_ab, uint32_t bits_cd) {
+  return encode_pair<out>(round_stochastic<out>(a, bits_ab & 0xffffu),
+                          round_stochastic<out>(b, bits_ab >> 16)) |
+         encode_pair<out>(round_stochastic<out>(c, bits_cd & 0xffffu),
+                          round_stochastic<out>(d, bits_cd >> 16))
+             << 16;
+}
+
 template <bool vector>
 __device__ Bits bits_of_row(uint32_t key0, uint32_t key1, uint64_t index) {
   Bits bits;
@@ -30,8 +52,8 @@ __device__ Bits bits_of_row(uint32_t key0, uint32_t key1, uint64_t index) {
   } else {
 #pragma unroll
     for (int i = 0; i < kColumns / 2; ++i) {
-      bits.words[i] =
-          random_bits(key0, key1, index + 2 * i) | random_bits(key0, key1, index + 2 * i + 1) << 16;
+      const uint32_t low = random_bits_called(key0, key1, index + 2 * i);
+      bits.words[i] = low | random_bits_called(key0, key1, index + 2 * i + 1) << 16;
     }
   }
   return bits;
@@ -39,7 +61,11 @@ __device__ Bits bits_of_row(uint32_t key0, uint32_t key1, uint64_t index) {
 
 template <Type out>
 __device__ uint32_t encode_four(float a, float b, float c, float d) {
+#if __CUDA_ARCH__ >= 890
   return encode_pair<out>(a, b) | encode_pair<out>(c, d) << 16;
+#else  // Without the instruction for it.
+  return encode_four_called<out>(a, b, c, d);
+#endif
 }
 
 // Four words of four bytes, turned.
@@ -167,9 +193,7 @@ __global__ void __launch_bounds__(Tile<in>::kThreads,
     }
     const auto value = [&](int i, int j, float factor) {
       const float wide = packs[4 * k + i][j];
-      const float scaled = split ? wide * factor : fmaf(wide, factor, wide * zero);
-      if constexpr (stochastic) return round_stochastic<out>(scaled, bits[i][j]);
-      return scaled;
+      return split ? wide * factor : fmaf(wide, factor, wide * zero);
     };
     if (!split || q.straight != nullptr) {
       uint32_t codes[kColumns / 4][4];
@@ -178,8 +202,14 @@ __global__ void __launch_bounds__(Tile<in>::kThreads,
         const float factor = split ? inverses[at.row + 4 * k + i] : inverse;
 #pragma unroll
         for (int h = 0; h < kColumns / 4; ++h) {
-          codes[h][i] = encode_four<out>(value(i, 4 * h, factor), value(i, 4 * h + 1, factor),
-                                         value(i, 4 * h + 2, factor), value(i, 4 * h + 3, factor));
+          const float a = value(i, 4 * h, factor), b = value(i, 4 * h + 1, factor);
+          const float c = value(i, 4 * h + 2, factor), d = value(i, 4 * h + 3, factor);
+          if constexpr (stochastic) {
+            const uint32_t* const words = bits[i].words + 2 * h;
+            codes[h][i] = encode_four_random<out>(a, b, c, d, words[0], words[1]);
+          } else {
+            codes[h][i] = encode_four<out>(a, b, c, d);
+          }
         }
       }
       if (q.straight != nullptr) {
@@ -211,8 +241,14 @@ __global__ void __launch_bounds__(Tile<in>::kThreads,
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
         const float factor = column_inverses[j];
-        columns[j][k] = encode_four<out>(value(0, j, factor), value(1, j, factor),
-                                         value(2, j, factor), value(3, j, factor));
+        const float a = value(0, j, factor), b = value(1, j, factor);
+        const float c = value(2, j, factor), d = value(3, j, factor);
+        if constexpr (stochastic) {
+          columns[j][k] = encode_four_random<out>(a, b, c, d, bits[0][j] | bits[1][j] << 16,
+                                                  bits[2][j] | bits[3][j] << 16);
+        } else {
+          columns[j][k] = encode_four<out>(a, b, c, d);
+        }
       }
     }
   }
