@@ -365,6 +365,8 @@ def _multiply_wide(
     """The wide product over the last axis of each, or the one before."""
     common = jnp.promote_types(a.dtype, b.dtype)
     contract = ((2 if a_last else 1,), (2 if b_last else 1,))
+    if a.dtype != b.dtype:  # XLA would undo the cast, and round the wider one instead.
+        a, b = lax.optimization_barrier((a.astype(common), b.astype(common)))
     # XLA on a GPU multiplies float32 values in fewer digits where the result has fewer.
     summed = jnp.promote_types(common, dtype)
     y = lax.dot_general(
