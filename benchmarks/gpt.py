@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -84,6 +85,7 @@ def _lines(group: tables.Group) -> Iterator[list[str]]:
         share = f" ({100 * dense / step:.0f} %)" if dense else ""
         yield [
             row["preset"],
+            str(row["seed"]),
             name.replace("_", " "),
             number(row["training_loss"], "{:.4f}"),
             number(row["validation_loss"], "{:.4f}"),
@@ -95,11 +97,33 @@ def _lines(group: tables.Group) -> Iterator[list[str]]:
         ]
 
 
+def _means(groups: list[tables.Group]) -> Iterator[list[str]]:
+    """Over the seeds of a problem: how much more than bf16's the losses are."""
+    by_problem: dict[tuple[Any, ...], list[tables.Group]] = {}
+    for group in groups:
+        row = next(iter(group.values()))
+        by_problem.setdefault(tuple(row[key] for key in KEYS if key != "seed"), []).append(group)
+    for seeds in by_problem.values():
+        for name in seeds[0]:
+            if name == REFERENCE or len(seeds) == 1 or not all(name in group for group in seeds):
+                continue
+            found = [
+                [off_percent(group, name, figure) for group in seeds]
+                for figure in ("training_loss", "validation_loss")
+            ]
+            said = [
+                f"{statistics.mean(off):+.2f} % ({min(off):+.2f} to {max(off):+.2f})"
+                for off in found
+            ]
+            preset = seeds[0][name]["preset"]
+            yield [preset, name.replace("_", " "), str(len(seeds)), *said]
+
+
 def table(rows: list[Row]) -> str:
     """The rows of ``run`` as Markdown."""
     measured = [row for row in rows if row.get("step_ms") is not None]
-    groups = tables.groups(measured, KEYS).values()
-    problems = [_said(next(iter(group.values()))) for group in groups]
+    groups = list(tables.groups(measured, KEYS).values())
+    problems = list(dict.fromkeys(_said(next(iter(group.values()))) for group in groups))
     title = (
         "A GPT on the bytes of Python's standard library, with the same weights and batches for"
         " each recipe. Losses in nats a byte: the mean over the last tenth of the steps, and of"
@@ -107,6 +131,11 @@ def table(rows: list[Row]) -> str:
         " layers that a recipe converts alone (values and gradients; their share of the step), and"
         f" the GiB that XLA allocates for a step beside the state. {'; '.join(problems)}."
     )
-    header = ["", "recipe", "training", "held out", "to bf16", "step", "speed", "layers", "GiB"]
+    header = ["", "seed", "recipe", "training", "held out", "to bf16", "step", "speed", "layers"]
     lines = [line for group in groups for line in _lines(group)]
-    return tables.assemble([title, tables.markdown(header, lines)], tables.errors(rows, KEYS))
+    parts = [title, tables.markdown([*header, "GiB"], lines)]
+    if means := list(_means(groups)):
+        header = ["", "recipe", "seeds", "training loss to bf16's", "held-out loss to bf16's"]
+        parts.append("The mean over seeds, and from the least to the most:")
+        parts.append(tables.markdown(header, means))
+    return tables.assemble(parts, tables.errors(rows, KEYS))

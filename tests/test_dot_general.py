@@ -401,3 +401,122 @@ def test_large_products(rng, recipe, m, n, k):
         jnp.asarray(sample(rng, "normal", s)).astype(ref.BF16) for s in ((m, k), (k, n), (m, n))
     )
     check_all(recipe, x, w, FLAX, np.asarray(dy), None)
+
+
+# --- What is refused ------------------------------------------------------------------------------
+
+X, W = jnp.ones((4, 16)), jnp.ones((16, 8))
+STOCHASTIC = jax_fp8.named_recipe("rowwise", stochastic_rounding=True)
+
+
+@pytest.mark.parametrize(
+    "operands, options, error, message",
+    [
+        (
+            (X, W),
+            {"recipe": "fp8"},
+            ValueError,
+            "dot_general: unknown recipe 'fp8'; named ones are",
+        ),
+        (
+            (X, W),
+            {"recipe": 8},
+            TypeError,
+            "dot_general: recipe must be a name or a Recipe, got int",
+        ),
+        (
+            (X, W.T),
+            {},
+            TypeError,
+            r"dimension_numbers .* do not fit lhs an array float32\[4,? ?16\]",
+        ),
+        (
+            (X.astype(int), W),
+            {},
+            TypeError,
+            "dot_general: lhs must be float32, bfloat16 or float16",
+        ),
+        (
+            (X, W.astype(ref.E4M3)),
+            {},
+            TypeError,
+            "rhs must be .*or a ScaledArray, got an array float8",
+        ),
+        ((X, W), {"preferred_element_type": ref.E4M3}, TypeError, "preferred_element_type must be"),
+        ((X, W), {"precision": "low"}, ValueError, "dot_general: unknown precision 'low'"),
+        ((X, W), {"implementation": "fast"}, ValueError, "unknown implementation 'fast'"),
+        ((X, W), {"recipe": "weight_only"}, TypeError, "takes lhs of bfloat16 or float16"),
+        ((X, W), {"recipe": STOCHASTIC}, ValueError, "key must be given"),
+        ((X, W), {"key": jax.random.key(0)}, ValueError, "rounds nothing stochastically"),
+        ((X, W), {"recipe": STOCHASTIC, "key": 3}, TypeError, "key must be a jax.random.key"),
+        ((X, jax_fp8.quantize(W)), {}, ValueError, "a ScaledArray contracts its last axis"),
+        (
+            (X, jax_fp8.quantize(W)),
+            {"recipe": "wide"},
+            TypeError,
+            "the recipe multiplies wide values",
+        ),
+    ],
+)
+def test_bad_input_raises(operands, options, error, message):
+    with pytest.raises(error, match=message):
+        jax_fp8.dot_general(*operands, FLAX, **options)
+
+
+def test_fp8_values_are_not_differentiated():
+    wq = jax_fp8.quantize(W.T)
+    dims = (((1,), (1,)), ((), ()))
+
+    def loss(scale):
+        scaled = jax_fp8.ScaledArray(wq.data, scale, wq.granularity)
+        return jnp.sum(jax_fp8.dot_general(X, scaled, dims))
+
+    with pytest.raises(TypeError, match="dot_general: a ScaledArray cannot be differentiated"):
+        jax.grad(loss)(wq.scale)
+
+
+def test_second_derivatives_raise():
+    def slope(x):
+        return jnp.sum(jax.grad(lambda x: jnp.sum(jax_fp8.dot_general(x, W, FLAX) ** 2))(x))
+
+    with pytest.raises(
+        NotImplementedError, match="dot_general: FP8 products have first derivatives"
+    ):
+        jax.grad(slope)(X)
+
+
+def test_stochastic_rounding_is_right_on_average(rng):
+    x, w = (jnp.asarray(sample(rng, "normal", s)) for s in ((64, 32), (32, 48)))
+    dy = jnp.asarray(sample(rng, "normal", (64, 48)))
+
+    @jax.jit
+    def gradients(key):
+        def product(x, w):
+            return jax_fp8.dot_general(x, w, FLAX, recipe=STOCHASTIC, key=key)
+
+        return jax.vjp(product, x, w)[1](dy)
+
+    one = gradients(jax.random.key(0))
+    ref.assert_same_trees(gradients(jax.random.key(0)), one)
+    many = [gradients(key) for key in jax.random.split(jax.random.key(1), 64)]
+    for i, want in enumerate((dy @ w.T, x.T @ dy)):
+        mean = np.mean([result[i] for result in many], 0)
+        assert training.cosine(mean, want) > training.cosine(one[i], want)
+        assert training.cosine(one[i], want) >= 0.99
+
+
+def test_einsum_refuses():
+    with pytest.raises(ValueError, match="has index 'd' of size 16 in lhs"):
+        jax_fp8.einsum("bd,df->bf", X, jnp.ones((8, 8)))
+    with pytest.raises(ValueError, match="has an index of lhs twice"):
+        jax_fp8.einsum("dd,df->f", jnp.ones((16, 16)), W)
+    with pytest.raises(TypeError, match="einsum: rhs must be a wide array"):
+        jax_fp8.einsum("bd,fd->bf", X, jax_fp8.quantize(W.T))
+
+
+def test_one_traced_function_with_and_without_a_gradient_of_x():
+    """What is kept for gradients may differ from one use of a traced function to the next."""
+    layer = jax.jit(lambda x, w: jax_fp8.dot_general(x, w, FLAX))
+    w = jnp.eye(16)
+    gradient = jax.jit(jax.grad(lambda w: jnp.sum(layer(layer(X, w), w) ** 2)))(w)
+    assert gradient.shape == w.shape

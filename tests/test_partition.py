@@ -213,7 +213,7 @@ print(message_of(replicated, put(wide, mesh), put(scales, mesh, "a")))
 
 @pytest.mark.parametrize("recipe", ["rowwise", "blockwise"])
 def test_gradients_in_shard_map(recipe):
-    """Data parallel: each device's product has scales of its own, and dw is the sum over devices."""
+    """Data parallel: each device's product has scales of its own, and dw is a sum over devices."""
     run(
         f"""
         mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))

@@ -137,7 +137,11 @@ def test_options_reach_every_operand():
         (lambda: Operand(scaling="later"), ValueError, "unknown scaling 'later'"),
         (lambda: Operand(rounding="up"), ValueError, "unknown rounding 'up'"),
         (lambda: Operand(power_of_two=1), TypeError, "power_of_two must be a bool"),
-        (lambda: Operand(granularity="row", scaling="delayed"), ValueError, "one scale for a tensor"),
+        (
+            lambda: Operand(granularity="row", scaling="delayed"),
+            ValueError,
+            "one scale for a tensor",
+        ),
         (lambda: Recipe(Operand(rounding="stochastic")), ValueError, "rounding is for gradients"),
         (lambda: Recipe(Operand(E5M2), Operand(E5M2)), ValueError, "cannot both be float8_e5m2"),
         (lambda: Recipe(Operand(), None), ValueError, "weight must be an Operand where activation"),
@@ -162,9 +166,17 @@ def test_options_reach_every_operand():
         (lambda: Recipe(history=0), ValueError, "history must be an int >= 1"),
         (lambda: Recipe(update="mean"), ValueError, "unknown update 'mean'"),
         (lambda: Recipe(margin=0.5), TypeError, "margin must be an int"),
-        (lambda: named_recipe("rowwise", history=3), ValueError, "history and update are of delayed"),
+        (
+            lambda: named_recipe("rowwise", history=3),
+            ValueError,
+            "history and update are of delayed",
+        ),
         (lambda: named_recipe("rowwise", margin=1), ValueError, "margin is of static and delayed"),
-        (lambda: named_recipe("weight_only", gradient_dtype=E5M2), ValueError, "leaves gradients wide"),
+        (
+            lambda: named_recipe("weight_only", gradient_dtype=E5M2),
+            ValueError,
+            "leaves gradients wide",
+        ),
         (lambda: named_recipe("fp8"), ValueError, "unknown recipe 'fp8'"),
     ],
 )

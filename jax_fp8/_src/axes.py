@@ -50,7 +50,8 @@ class View:
         Raises:
           ValueError: where axes would have to move, or blocks to be cut.
         """
-        if self.permutation != tuple(range(x.ndim)) or len(self.contract) != 1:
+        in_order = self.contract_last and self.permutation == tuple(range(x.ndim))
+        if not in_order or len(self.contract) != 1:
             raise ValueError(
                 f"{op}: a ScaledArray contracts its last axis and has its batch axes in front; of"
                 f" {name}, {describe(x)}, axes {self.contract} are contracted and {self.batch} are"

@@ -180,18 +180,18 @@ def _operation(config: CastTransposeConfig) -> Any:
     return jax.jit(differentiable, inline=True)
 
 
-def _key_words(key: Any) -> jax.Array:
-    """The two words of a threefry key, or raises."""
+def key_words(op: str, key: Any) -> jax.Array:
+    """The two words of a threefry key, or raises a TypeError."""
     accepted = "a jax.random.key of impl 'threefry2x32', or the uint32[2] of one"
     if not hasattr(key, "dtype") or not hasattr(key, "shape"):
-        raise TypeError(f"cast_transpose: key must be {accepted}, got a {type(key).__name__}")
+        raise TypeError(f"{op}: key must be {accepted}, got a {type(key).__name__}")
     seen = f"{key.dtype}{tuple(key.shape)}"
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         if str(jax.random.key_impl(key)) != "threefry2x32" or key.shape != ():
-            raise TypeError(f"cast_transpose: key must be {accepted}, got {seen}")
+            raise TypeError(f"{op}: key must be {accepted}, got {seen}")
         return jax.random.key_data(key)
     if key.dtype != jnp.uint32 or tuple(key.shape) != (2,):
-        raise TypeError(f"cast_transpose: key must be {accepted}, got {seen}")
+        raise TypeError(f"{op}: key must be {accepted}, got {seen}")
     return jnp.asarray(key)
 
 
@@ -281,7 +281,7 @@ def cast_transpose(
     given = jnp.zeros((), jnp.float32)
     if scale is not None:
         given = static_scale(op, scale, x.shape, granularity)
-    words = jnp.zeros((2,), jnp.uint32) if key is None else _key_words(key)
+    words = jnp.zeros((2,), jnp.uint32) if key is None else key_words(op, key)
     results = list(_operation(config)(x, given, words))
     layouts = [
         ScaledArray(results.pop(0), results.pop(0), granularity) if asked else None

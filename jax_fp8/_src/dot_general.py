@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_fp8._src.axes import View, view_of
+from jax_fp8._src.cast_transpose import key_words
 from jax_fp8._src.health import HealthProbe
 from jax_fp8._src.prepared import PreparedWeight
 from jax_fp8._src.product import ProductConfig, Side, product
@@ -221,14 +222,8 @@ def _scales(recipe: Recipe, state: ScalingState | None, sides: tuple[Side, Side]
 
 
 def _raw_key(op: str, recipe: Recipe, key: Any) -> Any:
-    if recipe.needs_key == (key is not None):
-        if key is None or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-            return key
-        if str(jax.random.key_impl(key)) not in ("fry", "threefry2x32"):
-            raise TypeError(
-                f"{op}: key must be one of threefry2x32, got {jax.random.key_impl(key)}"
-            )
-        return jax.random.key_data(key)
-    if key is None:
+    if recipe.needs_key and key is None:
         raise ValueError(f"{op}: the recipe rounds gradients stochastically: key must be given")
-    raise ValueError(f"{op}: the recipe rounds nothing stochastically, and takes no key")
+    if key is not None and not recipe.needs_key:
+        raise ValueError(f"{op}: the recipe rounds nothing stochastically, and takes no key")
+    return None if key is None else key_words(op, key)

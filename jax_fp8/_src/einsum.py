@@ -60,6 +60,13 @@ def einsum_by(
     for name, labels in (("lhs", left), ("rhs", right), ("the result", result)):
         if len(set(labels)) < len(labels):
             raise ValueError(f"einsum: {spec!r} has an index of {name} twice")
+    sizes = dict(zip(left, lhs.shape, strict=True))
+    for label, size in zip(right, rhs.shape, strict=True):
+        if sizes.setdefault(label, size) != size:
+            raise ValueError(
+                f"einsum: {spec!r} has index {label!r} of size {sizes[label]} in lhs {lhs.shape}"
+                f" and of {size} in rhs {rhs.shape}"
+            )
     lhs, left = _sum_out(spec, lhs, left, right + result)
     rhs, right = _sum_out(spec, rhs, right, left + result)
     shared = [label for label in left if label in right]

@@ -62,21 +62,16 @@ def _quantize(
         "dtype": operand.dtype,
         "granularity": operand.granularity,
         "scale": scale,
+        "power_of_two": operand.power_of_two and scale is None,  # A given scale is one already.
         "return_amax": scale is not None,
         "implementation": quantizer,
     }
-    power_of_two = operand.power_of_two and scale is None  # A given scale is one already.
-    if wanted == (True, False) and key is None and not power_of_two:
+    if wanted == (True, False) and key is None:
         found: Any = quantize(x, **options)
         data, amax = found if scale is not None else (found, None)
         return data, None, None if amax is None else amax.reshape(())
     straight, transposed, *amaxes = cast_transpose(
-        x,
-        power_of_two=power_of_two,
-        key=key,
-        straight=wanted[0],
-        transposed=wanted[1],
-        **options,
+        x, key=key, straight=wanted[0], transposed=wanted[1], **options
     )
     return straight, transposed, amaxes[0].reshape(()) if amaxes else None
 

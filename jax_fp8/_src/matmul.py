@@ -163,7 +163,7 @@ def _quantize(
         dtype=operand.dtype,
         granularity=operand.granularity,
         scale=scale,
-        **({"power_of_two": True} if operand.power_of_two and scale is None else {}),
+        power_of_two=operand.power_of_two and scale is None,
         implementation="xla" if implementation == "xla" else None,
     )
 
