@@ -4,7 +4,8 @@
 #   make test     the tests
 #   make lint     formatting, lint and types
 #   make wheel    a wheel in dist/, built as pip builds it for a user
-#   make compat   wheels for every Python found, each tested with a jax of its own
+#   make compat   wheels for every Python found, each tested (but for the slow tests) with a jax of
+#                 its own
 #   make clean    removes what the others made
 #
 # PYTHON=python3.12 chooses the Python. ARCHS=90-real compiles for one generation of GPUs, which is
@@ -117,7 +118,7 @@ compat-%:
 	build/compat/$*/bin/pip install --quiet --upgrade pip
 	wheel=$$(echo dist/*-$(TAG_$*)-*.whl) && build/compat/$*/bin/pip install --quiet "$$wheel[test,demo]" '$(JAX_$*)'
 	build/compat/$*/bin/python -c 'import jax, platform; print("Python", platform.python_version(), "jax", jax.__version__)'
-	build/compat/$*/bin/pytest $(PYTEST_ARGS)
+	build/compat/$*/bin/pytest $(PYTEST_ARGS) -m 'not slow'
 
 build/compat/wheel-%: $(SOURCES)
 	mkdir -p $(@D)

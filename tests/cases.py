@@ -1,5 +1,6 @@
 """Operands for products, and what a named implementation must refuse."""
 
+import contextlib
 import itertools
 import os
 import subprocess
@@ -93,3 +94,15 @@ def run_script(script, *, timeout=300, **environment):
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+@contextlib.contextmanager
+def quick_compilation():
+    """Programs are small and many here, and XLA's optimizations take longer than they save."""
+    on_cpu = jax.default_backend() == "cpu"
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", before or on_cpu)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)

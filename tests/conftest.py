@@ -28,6 +28,7 @@ def pytest_configure(config):
     # pyproject.toml declares these; once more for a run without it.
     config.addinivalue_line("markers", "gpu: needs a GPU")
     config.addinivalue_line("markers", "multigpu: needs two GPUs or more")
+    config.addinivalue_line("markers", "slow: compiles or trains for long")
     # Thousands of problems, few of which are about the choice of cublasLt's algorithm.
     import jax_fp8
 

@@ -1,7 +1,5 @@
 """What a layer with an FP8 product must give, from what its operands are quantized to."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,18 +18,6 @@ DTYPES = [
     (jnp.int32, None, jnp.float32),
     (jnp.float16, jnp.float32, jnp.float16),
 ]
-
-
-@contextlib.contextmanager
-def quick_compilation():
-    """Programs are small and many here, and XLA's optimizations take longer than they save."""
-    on_cpu = jax.default_backend() == "cpu"
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", before or on_cpu)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def dtypes_id(dtypes):

@@ -15,6 +15,8 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
 
 from benchmarks import dense_layers, targets, training
 
+pytestmark = pytest.mark.slow
+
 M, N, K = 32, 48, 64
 
 

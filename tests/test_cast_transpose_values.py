@@ -10,6 +10,8 @@ from cases import on_gpu, pair_id, sample
 import jax_fp8
 from jax_fp8._src import numerics
 
+pytestmark = pytest.mark.slow
+
 SPECIAL = [np.nan, np.inf, -np.inf]
 # Whole tiles and edges, in vectors and in single bytes on either side.
 SHAPES = ((2, 130, 264), (131, 257), (3, 256, 36), (44, 200))

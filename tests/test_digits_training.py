@@ -23,6 +23,8 @@ from sklearn.datasets import load_digits
 import jax_fp8.linen
 import jax_fp8.nnx
 
+pytestmark = pytest.mark.slow
+
 FOLDS, SEED = 5, 0
 SIZES = (64, 128, 10)
 BATCH, EPOCHS, RATE = 256, 60, 1e-2

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import references as ref
 import training
-from cases import on_gpu, pair_id, sample
+from cases import on_gpu, pair_id, quick_compilation, sample
 from conftest import on_platforms, value_on_this_platform
 from jax.test_util import check_grads
 
@@ -16,6 +16,12 @@ import jax_fp8
 
 POWERS = jax_fp8.named_recipe("tensorwise", power_of_two=True)
 FLAX = (((1,), (0,)), ((), ()))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quickly():
+    with quick_compilation():
+        yield
 
 
 @pytest.fixture(params=on_platforms(("xla",), (None, "decode")))
@@ -55,8 +61,16 @@ def check_all(recipe, x, w, dims, dy, implementation, **options):
     training.check(dw, wants[2])
 
 
-@pytest.mark.parametrize("pattern", training.PATTERNS)
-@pytest.mark.parametrize("recipe", training.RECIPES)
+def recipes_and_patterns():
+    """All of them on a GPU; a CPU compiles for seconds, and has every recipe and every pattern."""
+    for recipe in training.RECIPES:
+        for pattern in training.PATTERNS:
+            on_cpu = pattern == "flax" or recipe in ("rowwise", "blockwise")
+            marks = () if on_cpu else pytest.mark.gpu
+            yield pytest.param(recipe, pattern, marks=marks)
+
+
+@pytest.mark.parametrize("recipe, pattern", recipes_and_patterns())
 def test_product_and_gradients(products, rng, recipe, pattern):
     dtype = ref.BF16 if recipe == "weight_only" else ref.F32
     x, w, dims, dy = operands(rng, pattern, dtype)
@@ -243,156 +257,6 @@ def test_no_bad_gradient_becomes_finite(products, recipe, bad):
     assert np.isnan(np.asarray(dx)[1]).all() and np.isnan(np.asarray(dw)[:, 2]).all()
 
 
-SPECS = [
-    "bsd,df->bsf",
-    "...d,df->...f",
-    "bsd,hdk->bshk",
-    "bshk,hkd->bsd",
-    "bd,bdf->bf",
-    "ab,cb->ca",
-    "abx,bc->ac",
-    "ab,bc",
-    "i,j->ij",
-    "xbqd,bxdk->xqbk",
-]
-
-
-@pytest.mark.parametrize("spec", SPECS)
-def test_einsum_is_that_of_numpy(products, rng, spec):
-    """On integers that every operand of the product holds exactly."""
-    sizes = dict(zip("abcdfhijkqsx", (3, 4, 5, 16, 6, 2, 7, 3, 8, 5, 9, 2), strict=True))
-    inputs = spec.replace("...", "bs").split("->")[0].split(",")
-    x, w = (rng.integers(-2, 3, [sizes[c] for c in part]).astype(np.float32) for part in inputs)
-    x.flat[0] = w.flat[0] = 4.0  # So that no scale rounds anything.
-    y = jax_fp8.einsum(spec, x, w, recipe=POWERS, implementation=products)
-    np.testing.assert_array_equal(y, np.einsum(spec, x, w))  # Zeros may differ in sign.
-
-
-def test_einsum_has_gradients_and_state(rng):
-    x, w = (jnp.asarray(sample(rng, "normal", s)) for s in ((2, 5, 32), (32, 4, 8)))
-    state = jax_fp8.init_scaling("delayed", activation=x, weight=w)
-
-    def loss(x, w):
-        y, new = jax_fp8.einsum("bsd,dhk->bshk", x, w, recipe="delayed", state=state)
-        return jnp.sum(y**2), new
-
-    (dx, dw), new = jax.grad(loss, (0, 1), has_aux=True)(x, w)
-    want = jax.grad(lambda x, w: jnp.sum(jnp.einsum("bsd,dhk->bshk", x, w) ** 2), (0, 1))(x, w)
-    assert training.cosine(dx, want[0]) > 0.997 and training.cosine(dw, want[1]) > 0.997
-    assert new.weight.shape == (16,)
-
-
-# --- With the rest of JAX -------------------------------------------------------------------------
-
-
-def block(x, w, recipe="rowwise"):
-    return jax.nn.gelu(jax_fp8.dot_general(x, w, FLAX, recipe=recipe))
-
-
-def stack(rng, depth=3, width=64):
-    x = jnp.asarray(sample(rng, "normal", (32, width)))
-    ws = jnp.asarray(sample(rng, "normal", (depth, width, width)) / np.sqrt(width))
-    return x, ws
-
-
-def loop_loss(layer):
-    def loss(x, ws):
-        for i in range(ws.shape[0]):
-            x = layer(x, ws[i])
-        return jnp.sum(x**2)
-
-    return loss
-
-
-POLICIES = {
-    "nothing": None,
-    "residuals and products": jax_fp8.checkpoint_policy,
-    "residuals": jax.checkpoint_policies.save_only_these_names("jax_fp8_residual"),
-}
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_checkpoint_gives_the_same_bits(rng, policy):
-    x, ws = stack(rng)
-    want = jax.jit(jax.grad(loop_loss(block), (0, 1)))(x, ws)
-    layer = jax.checkpoint(block, policy=POLICIES[policy])
-    ref.assert_same_trees(jax.jit(jax.grad(loop_loss(layer), (0, 1)))(x, ws), want)
-
-
-def casts(function, *operands):
-    """How often a program quantizes, in the text before it is compiled for a GPU."""
-    exported = jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
-    return sum(
-        exported.count(f"custom_call @{name}")
-        for name in ("jax_fp8_cast_transpose", "jax_fp8_quantize")
-    ), exported.count("custom_call @jax_fp8_scaled_matmul")
-
-
-def test_the_policy_quantizes_nothing_twice(rng):
-    x, ws = stack(rng, depth=2)
-    plain, kept, again = (
-        casts(jax.grad(loop_loss(layer), (0, 1)), x, ws)
-        for layer in (
-            block,
-            jax.checkpoint(block, policy=jax_fp8.checkpoint_policy),
-            jax.checkpoint(block),
-        )
-    )
-    assert plain == kept == (6, 6)  # Three operands and three products a layer.
-    assert again[0] > plain[0] and again[1] > plain[1]
-
-
-def test_scan_over_layers(rng):
-    x, ws = stack(rng)
-
-    def loss(x, ws):
-        layer = jax.checkpoint(block, policy=jax_fp8.checkpoint_policy)
-        return jnp.sum(jax.lax.scan(lambda x, w: (layer(x, w), None), x, ws)[0] ** 2)
-
-    ref.assert_same_trees(
-        jax.jit(jax.grad(loss, (0, 1)))(x, ws), jax.jit(jax.grad(loop_loss(block), (0, 1)))(x, ws)
-    )
-
-
-def test_donated_parameters(rng):
-    x, ws = stack(rng)
-    step = lambda ws, x: ws - 0.01 * jax.grad(loop_loss(block), 1)(x, ws)  # noqa: E731
-    want = np.asarray(jax.jit(step)(ws, x))
-    ref.assert_same_bits(jax.jit(step, donate_argnums=0)(ws + 0, x), want)
-
-
-def saved_bytes(recipe, x, w):
-    """Of what the forward pass keeps for the gradient of w alone, and of x alone."""
-
-    def of(function, operand):
-        _, pull = jax.vjp(function, operand)
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(pull))
-
-    state = training.state_for(recipe, x, w)
-
-    def call(x, w):
-        y = jax_fp8.dot_general(x, w, FLAX, recipe=recipe, state=state)
-        return y if state is None else y[0]
-
-    return of(lambda w: call(x, w), w), of(lambda x: call(x, w), x)
-
-
-@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "blockwise", "static", "delayed"])
-def test_saved_activations_are_half_of_bf16(rng, recipe):
-    x = jnp.asarray(sample(rng, "normal", (1024, 512))).astype(jnp.bfloat16)
-    w = jnp.asarray(sample(rng, "normal", (512, 256))).astype(jnp.bfloat16)
-    activations, weights = saved_bytes(recipe, x, w)
-    assert activations <= 0.6 * x.nbytes
-    assert weights <= 0.6 * w.nbytes
-
-
-def test_what_needs_no_gradient_is_not_kept(rng):
-    x, ws = stack(rng, depth=1)
-    assert casts(lambda x, w: jax.grad(loop_loss(block), 0)(x, w), x, ws)[1] == 2
-    _, pull = jax.vjp(lambda x: jax_fp8.dot_general(x, ws[0], FLAX), x)
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(pull)) <= 1.1 * ws[0].size
-
-
 @pytest.mark.parametrize("recipe", on_gpu("tensorwise", "rowwise", "blockwise", "delayed"))
 @pytest.mark.parametrize("m, n, k", [(520, 1048, 776), (1024, 4096, 2048)])
 def test_large_products(rng, recipe, m, n, k):
@@ -503,20 +367,3 @@ def test_stochastic_rounding_is_right_on_average(rng):
         mean = np.mean([result[i] for result in many], 0)
         assert training.cosine(mean, want) > training.cosine(one[i], want)
         assert training.cosine(one[i], want) >= 0.99
-
-
-def test_einsum_refuses():
-    with pytest.raises(ValueError, match="has index 'd' of size 16 in lhs"):
-        jax_fp8.einsum("bd,df->bf", X, jnp.ones((8, 8)))
-    with pytest.raises(ValueError, match="has an index of lhs twice"):
-        jax_fp8.einsum("dd,df->f", jnp.ones((16, 16)), W)
-    with pytest.raises(TypeError, match="einsum: rhs must be a wide array"):
-        jax_fp8.einsum("bd,fd->bf", X, jax_fp8.quantize(W.T))
-
-
-def test_one_traced_function_with_and_without_a_gradient_of_x():
-    """What is kept for gradients may differ from one use of a traced function to the next."""
-    layer = jax.jit(lambda x, w: jax_fp8.dot_general(x, w, FLAX))
-    w = jnp.eye(16)
-    gradient = jax.jit(jax.grad(lambda w: jnp.sum(layer(layer(X, w), w) ** 2)))(w)
-    assert gradient.shape == w.shape

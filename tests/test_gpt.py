@@ -25,6 +25,8 @@ import jax_fp8.nnx
 from benchmarks import gpt as report
 from benchmarks import plots, results, targets
 
+pytestmark = pytest.mark.slow
+
 TINY = train.PRESETS["tiny"]
 
 # --- Text -----------------------------------------------------------------------------------------

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references as ref
+from cases import quick_compilation
 from flax_cases import (
     DTYPES,
     assert_product,
     assert_same_structure,
     dtypes_id,
-    quick_compilation,
     samples,
 )
 

@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 import references as ref
-from flax_cases import assert_product, assert_same_structure, quick_compilation, samples
+from cases import quick_compilation
+from flax_cases import assert_product, assert_same_structure, samples
 
 import jax_fp8
 import jax_fp8.linen as fp8

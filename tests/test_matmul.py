@@ -225,6 +225,7 @@ def test_recipes_that_need_more_than_matmul_takes(rng):
     refuses(
         ValueError, "activation has delayed scaling: scale must be given", X, w, recipe="delayed"
     )
+    refuses(ValueError, "the recipe multiplies wide values, and w is FP8", X, w, recipe="wide")
     stochastic = jax_fp8.named_recipe("rowwise", stochastic_rounding=True)
     refuses(ValueError, "it takes no key to round gradients with", X, w, recipe=stochastic)
 

@@ -6,13 +6,13 @@ import numpy as np
 import optax
 import pytest
 import references as ref
+from cases import quick_compilation
 from flax import nnx
 from flax_cases import (
     DTYPES,
     assert_product,
     assert_same_structure,
     dtypes_id,
-    quick_compilation,
     samples,
 )
 from flax_models import paths

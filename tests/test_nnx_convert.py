@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 import references as ref
+from cases import quick_compilation
 from flax import nnx
-from flax_cases import assert_product, assert_same_structure, quick_compilation, samples
+from flax_cases import assert_product, assert_same_structure, samples
 from flax_models import Model, loss_of, paths, some_tokens
 
 import jax_fp8

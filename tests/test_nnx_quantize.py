@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references as ref
+from cases import quick_compilation
 from flax import nnx
-from flax_cases import assert_product, assert_same_structure, quick_compilation, samples
+from flax_cases import assert_product, assert_same_structure, samples
 from flax_models import (
     Model,
     loss_of,

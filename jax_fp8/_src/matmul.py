@@ -48,12 +48,17 @@ def matmul(
     their way to 16-bit tensor cores, and the sums are float32. It loses nothing but what the
     weights have lost; FP8 tensor cores, with twice the speed, it leaves idle.
 
+    Differentiable in ``x`` and in the bias. The gradient of ``x`` is the product with ``w`` of the
+    gradient quantized as ``recipe.dgrad`` says; scales of a row of ``w`` go to the gradient first,
+    and weights with (1, 128) blocks are multiplied wide.
+
     Args:
       x: ``(..., M, K)``; float32, bfloat16 or float16. ``"weight_only"``: bfloat16 or float16.
       w: a ScaledArray of ``(N, K)``, or ``(*batch, N, K)`` with ``x`` of ``(*batch, M, K)``.
       granularity: of ``x``'s scales; None takes what ``recipe`` says for activations.
-      recipe: ``"tensorwise"``, ``"rowwise"``, ``"blockwise"``, ``"weight_only"`` or a ``Recipe``.
-        What it says of weights is not read: ``w`` has its own dtype and granularity.
+      recipe: ``"tensorwise"``, ``"rowwise"``, ``"blockwise"``, ``"weight_only"`` or a ``Recipe``;
+        with ``scale`` also ``"static"`` and ``"delayed"``. What it says of weights is not read:
+        ``w`` has its own dtype and granularity.
       scale: the static scale of ``x``; None takes it from ``x``.
       dtype: of the quantized ``x``; None takes what ``recipe`` says.
       bias: as in ``scaled_matmul``.
@@ -68,9 +73,10 @@ def matmul(
       As ``scaled_matmul``.
 
     Raises:
-      TypeError: when ``w`` is no ScaledArray; use ``jax.numpy`` or ``jax.lax`` for two wide
+      TypeError: when ``w`` is no ScaledArray; use ``dot_general`` or ``einsum`` for two wide
         arrays. Otherwise as ``quantize`` and ``scaled_matmul``.
-      ValueError: for a ``granularity``, ``scale`` or ``dtype`` of an ``x`` that stays wide.
+      ValueError: for a ``granularity``, ``scale`` or ``dtype`` of an ``x`` that stays wide, and for
+        a recipe that needs a ``scale`` without one, or a key.
 
     >>> import jax.numpy as jnp, jax_fp8
     >>> x, w = 7 * jnp.ones((2, 16)), jax_fp8.quantize(7 * jnp.ones((3, 16)), granularity="row")
@@ -85,13 +91,15 @@ def matmul(
     if not isinstance(w, ScaledArray):
         raise TypeError(
             f"{op}: w must be a jax_fp8.ScaledArray of shape (N, K), got {describe(w)}: quantize"
-            " it with jax_fp8.quantize, K last; for two wide arrays use jnp.matmul, jnp.einsum or"
-            " lax.dot_general"
+            " it with jax_fp8.quantize, K last; for two wide arrays use jax_fp8.dot_general"
+            " or jax_fp8.einsum"
         )
     x = jnp.asarray(x)
     if x.dtype not in WIDE_DTYPES:
         raise TypeError(f"{op}: x must be float32, bfloat16 or float16, got {x.dtype}{x.shape}")
     recipe = get_recipe(op, recipe)
+    if recipe.weight is None:
+        raise ValueError(f"{op}: the recipe multiplies wide values, and w is FP8")
     if recipe.needs_key:
         raise ValueError(f"{op}: it takes no key to round gradients with; dot_general does")
     check_scaled_array(op, "w", w)

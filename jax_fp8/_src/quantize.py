@@ -165,8 +165,8 @@ def _operation(config: QuantizeConfig) -> Any:
 
     def forward(x: jax.Array, scale: jax.Array) -> Any:
         raise NotImplementedError(
-            "quantize: neither it nor matmul, which calls it, can be differentiated in this"
-            " version; put jax.lax.stop_gradient around their operands"
+            "quantize: it cannot be differentiated; dot_general, einsum and matmul can, or put"
+            " jax.lax.stop_gradient around its operand"
         )
 
     differentiable.defvjp(forward, lambda residuals, cotangents: cotangents)

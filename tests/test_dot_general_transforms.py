@@ -1,0 +1,135 @@
+"""dot_general under checkpoint, scan and donation, and what it keeps for its gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references as ref
+import training
+from cases import quick_compilation, sample
+
+import jax_fp8
+
+FLAX = (((1,), (0,)), ((), ()))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quickly():
+    with quick_compilation():
+        yield
+
+
+def block(x, w, recipe="rowwise"):
+    return jax.nn.gelu(jax_fp8.dot_general(x, w, FLAX, recipe=recipe))
+
+
+def stack(rng, depth=3, width=64):
+    x = jnp.asarray(sample(rng, "normal", (32, width)))
+    ws = jnp.asarray(sample(rng, "normal", (depth, width, width)) / np.sqrt(width))
+    return x, ws
+
+
+def loop_loss(layer):
+    def loss(x, ws):
+        for i in range(ws.shape[0]):
+            x = layer(x, ws[i])
+        return jnp.sum(x**2)
+
+    return loss
+
+
+POLICIES = {
+    "nothing": None,
+    "residuals and products": jax_fp8.checkpoint_policy,
+    "residuals": jax.checkpoint_policies.save_only_these_names("jax_fp8_residual"),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_checkpoint_gives_the_same_bits(rng, policy):
+    x, ws = stack(rng)
+    want = jax.jit(jax.grad(loop_loss(block), (0, 1)))(x, ws)
+    layer = jax.checkpoint(block, policy=POLICIES[policy])
+    ref.assert_same_trees(jax.jit(jax.grad(loop_loss(layer), (0, 1)))(x, ws), want)
+
+
+def casts(function, *operands):
+    """How often a program quantizes, in the text before it is compiled for a GPU."""
+    exported = jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    return sum(
+        exported.count(f"custom_call @{name}")
+        for name in ("jax_fp8_cast_transpose", "jax_fp8_quantize")
+    ), exported.count("custom_call @jax_fp8_scaled_matmul")
+
+
+def test_the_policy_quantizes_nothing_twice(rng):
+    x, ws = stack(rng, depth=2)
+    plain, kept, again = (
+        casts(jax.grad(loop_loss(layer), (0, 1)), x, ws)
+        for layer in (
+            block,
+            jax.checkpoint(block, policy=jax_fp8.checkpoint_policy),
+            jax.checkpoint(block),
+        )
+    )
+    assert plain == kept == (6, 6)  # Three operands and three products a layer.
+    assert again[0] > plain[0] and again[1] > plain[1]
+
+
+def test_scan_over_layers(rng):
+    x, ws = stack(rng)
+
+    def loss(x, ws):
+        layer = jax.checkpoint(block, policy=jax_fp8.checkpoint_policy)
+        return jnp.sum(jax.lax.scan(lambda x, w: (layer(x, w), None), x, ws)[0] ** 2)
+
+    ref.assert_same_trees(
+        jax.jit(jax.grad(loss, (0, 1)))(x, ws), jax.jit(jax.grad(loop_loss(block), (0, 1)))(x, ws)
+    )
+
+
+def test_donated_parameters(rng):
+    x, ws = stack(rng)
+    step = lambda ws, x: ws - 0.01 * jax.grad(loop_loss(block), 1)(x, ws)  # noqa: E731
+    want = np.asarray(jax.jit(step)(ws, x))
+    ref.assert_same_bits(jax.jit(step, donate_argnums=0)(ws + 0, x), want)
+
+
+def saved_bytes(recipe, x, w):
+    """Of what the forward pass keeps for the gradient of w alone, and of x alone."""
+
+    def of(function, operand):
+        _, pull = jax.vjp(function, operand)
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(pull))
+
+    state = training.state_for(recipe, x, w)
+
+    def call(x, w):
+        y = jax_fp8.dot_general(x, w, FLAX, recipe=recipe, state=state)
+        return y if state is None else y[0]
+
+    return of(lambda w: call(x, w), w), of(lambda x: call(x, w), x)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "blockwise", "static", "delayed"])
+def test_saved_activations_are_half_of_bf16(rng, recipe):
+    x = jnp.asarray(sample(rng, "normal", (1024, 512))).astype(jnp.bfloat16)
+    w = jnp.asarray(sample(rng, "normal", (512, 256))).astype(jnp.bfloat16)
+    activations, weights = saved_bytes(recipe, x, w)
+    assert activations <= 0.6 * x.nbytes
+    assert weights <= 0.6 * w.nbytes
+
+
+def test_what_needs_no_gradient_is_not_kept(rng):
+    x, ws = stack(rng, depth=1)
+    assert casts(lambda x, w: jax.grad(loop_loss(block), 0)(x, w), x, ws)[1] == 2
+    _, pull = jax.vjp(lambda x: jax_fp8.dot_general(x, ws[0], FLAX), x)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(pull)) <= 1.1 * ws[0].size
+
+
+def test_one_traced_function_with_and_without_a_gradient_of_x():
+    """What is kept for gradients may differ from one use of a traced function to the next."""
+    layer = jax.jit(lambda x, w: jax_fp8.dot_general(x, w, FLAX))
+    w = jnp.eye(16)
+    gradient = jax.jit(jax.grad(lambda w: jnp.sum(layer(layer(jnp.ones((4, 16)), w), w) ** 2)))(w)
+    assert gradient.shape == w.shape
