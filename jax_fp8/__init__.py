@@ -16,6 +16,7 @@ from jax_fp8._src.fused import (
     swiglu_quantize,
 )
 from jax_fp8._src.health import HealthProbe, OperandStats, health_probe, summarize
+from jax_fp8._src.health_plot import plot_health
 from jax_fp8._src.matmul import matmul
 from jax_fp8._src.plan_choice import export_plans, import_plans, set_plan_choice
 from jax_fp8._src.plans import clear_plans, plans
@@ -52,6 +53,7 @@ __all__ = [
     "matmul",
     "named_recipe",
     "plans",
+    "plot_health",
     "prepare_weight",
     "quantize",
     "register",

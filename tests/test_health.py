@@ -105,3 +105,22 @@ def test_operands_that_stay_wide_have_none():
 def test_a_probe_is_a_health_probe():
     with pytest.raises(TypeError, match="probe must be a HealthProbe or None, got an array"):
         jax_fp8.dot_general(jnp.ones((4, 16)), jnp.ones((16, 8)), FLAX, probe=jnp.zeros(3))
+
+
+def test_the_plot_has_every_layer_and_operand(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    save = figure.Figure.savefig
+    monkeypatch.setattr(
+        figure.Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k)
+    )
+    numbers = {"amax": 1.0, "saturated": 0.0, "flushed": 0.1, "snr_db": 30.0}
+    stats = {"up": {"activation": numbers, "weight": numbers}, "down": {"gradient": numbers}}
+    path = jax_fp8.plot_health(stats, tmp_path / "health.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    panels = drawn[0].axes
+    assert [label.get_text() for label in panels[-1].get_xticklabels()] == ["up", "down"]
+    for panel in panels:
+        assert [line.get_label() for line in panel.lines] == ["activation", "weight", "gradient"]
+    with pytest.raises(ValueError, match="plot_health: there are no statistics"):
+        jax_fp8.plot_health({}, path)
