@@ -70,7 +70,7 @@ def recipes_and_patterns():
             yield pytest.param(recipe, pattern, marks=marks)
 
 
-@pytest.mark.parametrize("recipe, pattern", recipes_and_patterns())
+@pytest.mark.parametrize("recipe, pattern", list(recipes_and_patterns()))
 def test_product_and_gradients(products, rng, recipe, pattern):
     dtype = ref.BF16 if recipe == "weight_only" else ref.F32
     x, w, dims, dy = operands(rng, pattern, dtype)
