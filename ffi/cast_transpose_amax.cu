@@ -13,9 +13,19 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kUnroll = 4;      // Loads of a thread in flight, which with
 constexpr int kBlocksAnSm = 8;  // takes 32 registers a thread.
 
+// What an SM holds, which differs by generation.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 750
+constexpr int kThreadsAnSm = 1024;
+#elif defined(__CUDA_ARCH__) && \
+    ((__CUDA_ARCH__ >= 860 && __CUDA_ARCH__ <= 890) || __CUDA_ARCH__ >= 1200)
+constexpr int kThreadsAnSm = 1536;
+#else
+constexpr int kThreadsAnSm = 2048;
+#endif
+
 // All blocks of an entry go through it side by side, so that its end is what the cache has last.
 template <Type in, int width>
-__global__ void __launch_bounds__(kThreads, kBlocksAnSm)
+__global__ void __launch_bounds__(kThreads, kThreadsAnSm / kThreads)
     tensor_kernel(const void* x, uint32_t* scratch, int64_t size, unsigned parts) {
   using P = Pack<in, width>;
   const unsigned entry = blockIdx.x / parts, part = blockIdx.x - entry * parts;
