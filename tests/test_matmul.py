@@ -123,7 +123,7 @@ X = np.ones((4, 32), np.float32)
 
 
 def test_a_plain_array_as_w_raises_and_names_what_takes_it():
-    message = r"matmul: w must be a jax_fp8.ScaledArray .*\(N, K\).*\[32, 32\].*dot_general or jax_fp8.einsum"
+    message = r"matmul: w must be a .*ScaledArray .*\(N, K\).*\[32, 32\].*dot_general or .*einsum"
     refuses(TypeError, message, X, jnp.ones((32, 32)))
 
 
