@@ -115,7 +115,7 @@ def test_stamps_stand_between_the_calls(make, monkeypatch):
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         if name == "optimization_barrier":
-            assert waits.intersection(equation.invars)
+            assert not done or waits.intersection(equation.invars)
             waits = set(equation.outvars)
         elif name in ("cos", "jit", "pjit", "sin"):
             done.append("stamp" if name == "cos" else "call")
@@ -124,6 +124,18 @@ def test_stamps_stand_between_the_calls(make, monkeypatch):
         else:
             waits |= set(equation.outvars)
     assert done == ["stamp", "call", "stamp", "call", "call", "stamp"]
+
+
+@pytest.mark.parametrize("make", [timing.chain, timing.fed_chain])
+def test_stamps_wait_for_all_results(make, monkeypatch):
+    monkeypatch.setattr(stamp, "stamp", jnp.cos)
+    run = make(lambda x, y: (x + 1, y + 1), 1, (0, 1))
+    made = {}  # Which equation made a variable.
+    for equation in jax.make_jaxpr(run)((1.0, 2.0), [()]).eqns:
+        made |= dict.fromkeys(equation.outvars, equation)
+        if equation.primitive.name == "cos":
+            barrier = made[equation.invars[0]]
+            assert barrier.primitive.name == "optimization_barrier" and len(barrier.invars) == 2
 
 
 def clock(after):

@@ -74,7 +74,7 @@ def dot_general(
         derivatives, and under ``jax.vmap``.
 
     >>> import jax, jax.numpy as jnp, jax_fp8
-    >>> x, w = jnp.ones((4, 32)), jnp.ones((32, 8))
+    >>> x, w = jnp.ones((4, 32), jnp.bfloat16), jnp.ones((32, 8), jnp.bfloat16)
     >>> def loss(w):
     ...     dims = (((1,), (0,)), ((), ()))
     ...     return jax_fp8.dot_general(x, w, dims, recipe="rowwise").sum()
