@@ -62,7 +62,7 @@ clean:
 	touch $@
 
 .venv/installed-demo: EXTRAS := demo
-.venv/installed-test: EXTRAS := test,demo
+.venv/installed-test: EXTRAS := test,demo,parity
 .venv/installed-demo .venv/installed-test: .venv/created build/wheel/built
 	wheel=$$(echo build/wheel/*.whl) && \
 	  $(VENV)/pip install --quiet "$$wheel[$(EXTRAS)$(GPU)]" && \

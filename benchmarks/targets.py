@@ -205,6 +205,26 @@ def _gpt(problems: Problems) -> Iterator[Verdict]:
                 yield Verdict(f"GPT {preset}, {name}: steps", row.get("steps"), 1000, at_most=False)
 
 
+#: (phase, batch) -> how many times as fast as bf16 the decoder with recipe rowwise is.
+_DECODER_SPEEDUPS = {("decode", 1): 1.7, ("decode", 16): 1.6, ("prefill", 1): 1.5}
+
+
+def _decoder(problems: Problems) -> Iterator[Verdict]:
+    for place, bound in _DECODER_SPEEDUPS.items():
+        group = next((found for key, found in problems.items() if key[1:3] == place), {})
+        said = f"decoder, {place[0]} of a batch of {place[1]}"
+        over = tables.ratio(group, "bf16", "rowwise")
+        yield Verdict(f"{said}, bf16 over rowwise", over, bound, at_most=False)
+        if place[0] == "prefill":
+            continue
+        us, nbytes = (tables.value(group, "bf16", key) for key in ("us", "read_bytes"))
+        over = us / _memory_us(nbytes) if us and nbytes else None
+        yield Verdict(f"{said}, bf16 over reading its weights", over, 1.3)
+        ours, wide = (tables.value(group, v, "weight_bytes") for v in ("rowwise", "bf16"))
+        share = ours / wide if ours and wide else None
+        yield Verdict(f"{said}, weights over bf16's", share, 0.57)
+
+
 CHECKS: dict[str, Callable[[Problems], Iterator[Verdict]]] = {
     "gemm": _gemm,
     "quantize": _quantize,
@@ -216,6 +236,7 @@ CHECKS: dict[str, Callable[[Problems], Iterator[Verdict]]] = {
     "compile": _compile,
     "training": _training,
     "gpt": _gpt,
+    "decoder": _decoder,
 }
 
 

@@ -1,0 +1,168 @@
+"""A decoder of Llama 3 8B's shape with random weights: tokens a second, bf16 against FP8.
+
+Both are the decoder of ``jax_fp8.decoder``, with the same attention. Steps are dispatched one
+after the other, as when text is written, and timed on the host's clock, by turns.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks import tables, targets
+
+Row = dict[str, Any]
+
+NAME = "decoder"
+KEYS = ("model", "phase", "batch", "tokens")
+REFERENCE = "bf16"
+BY_NAME = True
+RECIPES = ("rowwise", "tensorwise", "weight_only")
+ROUNDS = 5
+#: Steps of a round, and the prompt before them.
+STEPS, PROMPT = 64, 128
+
+LLAMA_3_8B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 16384,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+}
+TINY = {
+    **LLAMA_3_8B,
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+#: Model, (batch, steps) of the decoding and (batch, tokens) of the prefill.
+SHAPES: dict[str, tuple[str, dict[str, Any], list[tuple[int, int]], list[tuple[int, int]]]] = {
+    "smoke": ("tiny", TINY, [(2, 3)], [(1, 16)]),
+    "quick": ("llama-3-8b", LLAMA_3_8B, [(1, STEPS)], []),
+    "all": ("llama-3-8b", LLAMA_3_8B, [(1, STEPS), (16, STEPS)], [(1, 8192)]),
+}
+
+
+def run(shapes: str = "all") -> list[Row]:
+    """Times steps and prefills; ``shapes`` is a key of SHAPES.
+
+    Returns:
+      A row for each problem and variant: ``us`` of a step or a prefill, ``tokens_per_s``,
+      ``weight_bytes`` of the model, ``read_bytes`` of what a step reads of them.
+    """
+    from jax_fp8 import decoder
+    from jax_fp8.decoder.measure import weight_bytes
+
+    name, config, steps, prefills = SHAPES[shapes]
+    config = decoder.read_config(config)
+    problems = [("decode", *p) for p in steps] + [("prefill", *p) for p in prefills]
+    rows: list[Row] = []
+    models: dict[str, Any] = {}
+    facts: dict[str, Row] = {}
+    for variant in ("bf16", *RECIPES):
+        model = decoder.random(config, recipe=None if variant == "bf16" else variant)
+        embedded = model.embedding[...].nbytes  # Of which a step reads a row.
+        total = weight_bytes(model)
+        facts[variant] = {"weight_bytes": total, "read_bytes": total - embedded}
+        models[variant] = model
+    with tqdm(total=len(problems) * len(models), desc=NAME, unit="timing") as bar:
+        for phase, batch, tokens in problems:
+            key = {"model": name, "phase": phase, "batch": batch, "tokens": tokens}
+            timers: dict[str, Callable[[], float]] = {}
+            failed: dict[str, Row] = {}
+            for variant, model in models.items():
+                try:
+                    timers[variant] = _timer(model, phase, batch, tokens)
+                    timers[variant]()  # Compiles, and chooses algorithms.
+                except Exception as error:
+                    timers.pop(variant, None)
+                    failed[variant] = tables.failure(error)
+            times: dict[str, list[float]] = {variant: [] for variant in timers}
+            for _ in range(ROUNDS):
+                for variant, timer in timers.items():
+                    times[variant].append(timer())
+            for variant in models:
+                row = {**key, "variant": variant, **facts[variant]}
+                if variant in failed:
+                    row |= failed[variant]
+                else:
+                    us = 1e6 * statistics.median(times[variant])
+                    each = batch * (1 if phase == "decode" else tokens)
+                    row |= {"us": us, "tokens_per_s": 1e6 * each / us}
+                rows.append(row)
+                bar.update()
+    return rows
+
+
+def _timer(model: Any, phase: str, batch: int, tokens: int) -> Callable[[], float]:
+    """Seconds of a step, the mean of so many, or of a prefill."""
+    from jax_fp8 import decoder
+
+    rng = np.random.default_rng(0)
+    prompt = PROMPT if phase == "decode" else tokens
+    generator = decoder.Generator(model, positions=prompt + tokens)
+    prompts = rng.integers(0, model.config.vocab_size, (batch, prompt)).tolist()
+
+    def prefill() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(generator.prefill(prompts))
+        return time.perf_counter() - start
+
+    def decode() -> float:
+        token, cache = jax.block_until_ready(generator.prefill(prompts))
+        start = time.perf_counter()
+        for index in range(1, tokens + 1):
+            token, cache = generator.step(token, cache, index)
+        jax.block_until_ready(token)
+        return (time.perf_counter() - start) / tokens
+
+    return decode if phase == "decode" else prefill
+
+
+def reading_us(row: Row) -> float:
+    """What reading the weights of a step takes at the speed of a large copy."""
+    return 1e6 * row["read_bytes"] / targets.COPY_BYTES_PER_S
+
+
+def table(rows: list[Row]) -> str:
+    """The rows of ``run`` as Markdown."""
+    lines = []
+    for (_, phase, batch, tokens), group in tables.groups(rows, KEYS).items():
+        for variant, row in group.items():
+            us, other = row.get("us"), tables.ratio(group, "bf16", variant)
+            share = 1 - reading_us(row) / us if us and phase == "decode" else None
+            lines.append(
+                [
+                    f"{phase} of {tokens} tokens" if phase == "prefill" else phase,
+                    str(batch),
+                    variant,
+                    tables.number(us and us / 1e3),
+                    tables.number(row.get("tokens_per_s"), "{:.0f}"),
+                    tables.number(other, "{:.2f}"),
+                    tables.number(row["weight_bytes"] / 1e9),
+                    "-" if share is None else f"{100 * share:.0f} %",
+                ]
+            )
+    model = next((row["model"] for row in rows), "")
+    title = (
+        f"{model} with random weights, head and embedding in bf16: ms of a step (a new token for"
+        " each text of the batch) or of a prefill, and the share of a step that is not reading the"
+        " weights at the speed of a large copy."
+    )
+    header = ["", "batch", "", "ms", "tokens/s", "of bf16", "weights, GB", "not reading"]
+    parts = [title, tables.markdown(header, lines)]
+    return tables.assemble(parts, tables.errors(rows, KEYS))

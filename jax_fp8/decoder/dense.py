@@ -1,0 +1,161 @@
+"""Dense: a product with weights as checkpoints keep them, in FP8 or wide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import jax_fp8
+from jax_fp8.checkpoint import Activation, concatenate
+
+#: Up to so many rows the weights are decoded and the activations stay wide: reading the weights is
+#: all that counts there, and it saves the error of quantizing activations.
+WEIGHT_ONLY_ROWS = 1
+
+
+class Frozen(nnx.Variable):
+    """What an inference model reads and nothing trains."""
+
+
+class Dense(nnx.Module):
+    """``x @ weight.T + bias`` with a weight of ``(out, in)``.
+
+    Attributes:
+      weight: a ScaledArray, or a wide array.
+      bias: ``(out,)``, or None.
+      activation: how the input of an FP8 weight is quantized.
+      input_scale: a static scale, float32 ``()``, or None.
+      names: the modules of the checkpoint of which this is made.
+      weight_only_rows: up to so many rows, an input in 16 bits is left wide.
+      amax: where a calibration collects the input's amax, or None.
+    """
+
+    def __init__(
+        self,
+        weight: Any,
+        bias: Any = None,
+        *,
+        activation: Activation | None = None,
+        input_scale: Any = None,
+        names: Sequence[str] = (),
+        weight_only_rows: int = WEIGHT_ONLY_ROWS,
+    ) -> None:
+        self.granularity: Any = getattr(weight, "granularity", None)
+        self.weight = Frozen(weight.data if self.granularity else weight)
+        self.scale: Any = nnx.data(Frozen(weight.scale) if self.granularity else None)
+        self.bias: Any = nnx.data(None if bias is None else Frozen(bias))
+        self.input_scale: Any = nnx.data(None if input_scale is None else Frozen(input_scale))
+        self.activation = activation or Activation(None)
+        self.names = tuple(names)
+        self.weight_only_rows = weight_only_rows
+        self.amax: Any = nnx.data(None)
+
+    @property
+    def values(self) -> Any:
+        """The weight: a ScaledArray, or a wide array."""
+        if self.scale is None:
+            return self.weight[...]
+        return jax_fp8.ScaledArray(self.weight[...], self.scale[...], self.granularity)
+
+    def quantization(self, x: jax.Array) -> dict[str, Any] | None:
+        """How what makes the input may quantize it; None leaves it wide, as ``x`` is.
+
+        Returns:
+          Options of ``jax_fp8.quantize`` and of the fused producers.
+        """
+        operand = self.activation.operand
+        if self.scale is None or operand is None or self.activation.bound or self._is_few(x):
+            return None
+        scale = None if self.input_scale is None else self.input_scale[...]
+        return {"dtype": operand.dtype, "granularity": operand.granularity, "scale": scale}
+
+    def __call__(self, x: Any, dtype: Any = None) -> jax.Array:
+        """Multiplies ``(..., in)``, wide or a ScaledArray; the result has ``dtype``, or ``x``'s."""
+        dtype = dtype or x.dtype
+        bias = None if self.bias is None else self.bias[...]
+        weight = self.values
+        if self.amax is not None:
+            self.amax[...] = jnp.maximum(self.amax[...], jnp.max(jnp.abs(x)).astype(jnp.float32))
+        if self.scale is None:
+            return _wide_product(x, weight, bias)
+        if not isinstance(x, jax_fp8.ScaledArray):
+            options = self.quantization(x) or self._bounded(x)
+            if options is None:
+                # The kernels that decode weights take 16 bits.
+                if x.dtype == jnp.float32:
+                    return _wide_product(x, jax_fp8.dequantize(weight), bias)
+                return jax_fp8.matmul(x, weight, recipe="weight_only", bias=bias)
+            x = jax_fp8.quantize(x, **options)
+        return jax_fp8.scaled_matmul(x, weight, bias=bias, preferred_element_type=dtype)
+
+    def _bounded(self, x: jax.Array) -> dict[str, Any] | None:
+        """Options of ``quantize`` for scales of a bounded amax: what lies beyond saturates."""
+        operand, bound = self.activation.operand, self.activation.bound
+        if operand is None or bound is None or self._is_few(x):
+            return None
+        amax = jnp.minimum(jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.float32), bound)
+        scale = jnp.maximum(amax / float(jnp.finfo(operand.dtype).max), 2.0**-126)
+        return {"dtype": operand.dtype, "granularity": operand.granularity, "scale": scale}
+
+    def _is_few(self, x: jax.Array) -> bool:
+        return x.dtype != jnp.float32 and math.prod(x.shape[:-1]) <= self.weight_only_rows
+
+
+class Parallel(nnx.Module):
+    """Products of one input whose weights cannot be one, side by side."""
+
+    def __init__(self, parts: Sequence[Dense]) -> None:
+        self.parts = nnx.List(parts)
+
+    def quantization(self, x: jax.Array) -> dict[str, Any] | None:
+        """As of a Dense, where all parts agree; None else, and each quantizes for itself."""
+        same = {(p.activation, p.input_scale is None, p.scale is None) for p in self.parts}
+        agree = len(same) == 1 and self.parts[0].input_scale is None
+        return self.parts[0].quantization(x) if agree else None
+
+    def __call__(self, x: Any, dtype: Any = None) -> jax.Array:
+        """The results, one after the other along the last axis."""
+        return jnp.concatenate([part(x, dtype) for part in self.parts], axis=-1)
+
+
+def fuse(parts: Sequence[Dense]) -> Dense | Parallel:
+    """One product for several of the same input: wide, or FP8 of the same kind.
+
+    Different tensor scales become row scales, which changes no value. Of several static
+    scales of the input the largest is taken.
+    """
+    first = parts[0]
+    kinds = {(p.activation, p.scale is None, p.input_scale is None) for p in parts}
+    biases = [part.bias for part in parts]
+    if len(kinds) > 1 or any(bias is None for bias in biases) != all(b is None for b in biases):
+        return Parallel(parts)
+    if first.scale is None:
+        weight: Any = jnp.concatenate([part.values for part in parts])
+    else:
+        granularities = {part.granularity for part in parts}
+        rows = [part.values.shape[0] for part in parts]
+        if isinstance(first.granularity, tuple) and (
+            len(granularities) > 1 or any(size % first.granularity[0] for size in rows[:-1])
+        ):
+            return Parallel(parts)  # A block would hold rows of two.
+        weight = concatenate([part.values for part in parts])
+    bias = None if first.bias is None else jnp.concatenate([bias[...] for bias in biases])
+    scales = [part.input_scale[...] for part in parts if part.input_scale is not None]
+    return Dense(
+        weight,
+        bias,
+        activation=first.activation,
+        input_scale=jnp.max(jnp.stack(scales)) if scales else None,
+        names=[name for part in parts for name in part.names],
+        weight_only_rows=first.weight_only_rows,
+    )
+
+
+def _wide_product(x: jax.Array, weight: jax.Array, bias: Any) -> jax.Array:
+    y = jnp.einsum("...k,nk->...n", x, weight)
+    return y if bias is None else y + bias

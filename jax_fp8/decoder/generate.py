@@ -1,0 +1,139 @@
+"""Generation: a batch of prompts goes through at once, then one token of each at a time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jax_fp8.decoder.attention import Prompt, Step
+from jax_fp8.decoder.model import Cache, Decoder, empty_cache
+from jax_fp8.decoder.sampling import Sampling, sample
+
+#: Prompts are padded to a multiple of this, so that few lengths are compiled.
+BUCKET = 64
+
+
+class Generator:
+    """A model's two programs: for whole prompts, and for one more token.
+
+    Args:
+      model: the model; its weights are taken as they are now.
+      positions: how long a text can get, the prompt included.
+      sampling: how tokens are chosen; None: the most likely ones.
+      seed: of that.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        positions: int,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+    ) -> None:
+        if positions > model.config.max_length:
+            raise ValueError(
+                f"Generator: the model is made for {model.config.max_length} positions, got"
+                f" {positions}"
+            )
+        self.config, self.positions, self.dtype = model.config, positions, model.dtype
+        how = sampling or Sampling()
+        graph, self._state = nnx.split(model)
+        self._key = jax.random.key(seed)
+
+        def choose(model: Decoder, hidden: jax.Array, key: jax.Array, index: Any) -> jax.Array:
+            logits = model.logits(hidden)
+            token = sample(logits, jax.random.fold_in(key, index), how)
+            # NaN has no most likely token: -1 says so to the host.
+            return jnp.where(jnp.isnan(logits).any(axis=-1), -1, token)
+
+        @functools.partial(jax.jit, donate_argnames="cache")
+        def prefill(state: Any, tokens: Any, lengths: Any, cache: Cache, key: Any) -> Any:
+            model = nnx.merge(graph, state)
+            hidden, cache = model.hidden(tokens, cache, Prompt(lengths, tokens.shape[1]))
+            last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+            return choose(model, last, key, 0), cache
+
+        @functools.partial(jax.jit, donate_argnames="cache")
+        def step(state: Any, token: Any, cache: Cache, key: Any, index: Any) -> Any:
+            model = nnx.merge(graph, state)
+            hidden, cache = model.hidden(token[:, None], cache, Step(cache.lengths))
+            return choose(model, hidden[:, 0], key, index), cache
+
+        self._prefill, self._step = prefill, step
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[jax.Array, Cache]:
+        """The token after each prompt, int32 ``(B,)``, and the cache of the prompts."""
+        tokens, lengths = self._padded(prompts)
+        cache = empty_cache(self.config, len(prompts), self.positions, self.dtype)
+        return self._prefill(self._state, tokens, lengths, cache, self._key)
+
+    def step(self, token: Any, cache: Cache, index: int) -> tuple[jax.Array, Cache]:
+        """The token after ``token`` in each text; ``cache`` is used up."""
+        return self._step(self._state, token, cache, self._key, index)
+
+    def stream(
+        self, prompts: Sequence[Sequence[int]], count: int, *, eos: Sequence[int] | None = None
+    ) -> Iterator[np.ndarray]:
+        """Goes on with the prompts.
+
+        Args:
+          prompts: tokens of each text.
+          count: new tokens of each, at most.
+          eos: the tokens that end a text; None: those of the model.
+
+        Yields:
+          The next token of each text, int32 ``(B,)``; -1 for a text that has ended.
+
+        Raises:
+          ValueError: for prompts that are empty, too long for ``positions``, or of other tokens.
+          FloatingPointError: when logits are NaN.
+        """
+        if count < 1:
+            raise ValueError(f"Generator.stream: count must be >= 1, got {count}")
+        longest = max(map(len, prompts), default=0) + count
+        if longest > self.positions:
+            raise ValueError(
+                f"Generator.stream: prompt and new tokens are {longest}, and there are"
+                f" {self.positions} positions"
+            )
+        ends = np.asarray(self.config.eos if eos is None else eos, np.int32)
+        token, cache = self.prefill(prompts)
+        ended = np.zeros(len(prompts), bool)
+        for index in range(1, count + 1):
+            found = token
+            if index < count:  # Under way before the host waits for this one.
+                token, cache = self.step(found, cache, index)
+            new = np.asarray(found)
+            if (new[~ended] < 0).any():
+                raise FloatingPointError("Generator.stream: the logits are NaN")
+            yield np.where(ended, -1, new)
+            ended |= np.isin(new, ends)
+            if ended.all():
+                return
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        if not len(lengths) or not lengths.all():
+            raise ValueError("Generator: each prompt needs a token, and there must be a prompt")
+        size = min(-(-int(lengths.max()) // BUCKET) * BUCKET, self.positions)
+        if lengths.max() > size:
+            raise ValueError(
+                f"Generator: a prompt has {lengths.max()} tokens, and there are {self.positions}"
+                " positions"
+            )
+        tokens = np.zeros((len(prompts), size), np.int32)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
+            raise ValueError(
+                f"Generator: tokens must be from 0 to {self.config.vocab_size - 1}, got"
+                f" {tokens.min()} to {tokens.max()}"
+            )
+        return tokens, lengths

@@ -1,0 +1,100 @@
+"""Speed and memory of a model as it writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jax_fp8.decoder.generate import Generator
+from jax_fp8.decoder.model import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """What writing took.
+
+    Attributes:
+      prompt_tokens: of all prompts together.
+      new_tokens: of all texts together, but for the first of each, which the prefill gives.
+      prefill_s: seconds until the first token of each text.
+      decode_s: seconds for the new tokens.
+      weight_bytes: of the model.
+      cache_bytes: of the keys and values.
+      peak_bytes: the most that the process ever had on the device, where that can be told.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    prefill_s: float
+    decode_s: float
+    weight_bytes: int
+    cache_bytes: int
+    peak_bytes: int | None
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second."""
+        return self.prompt_tokens / self.prefill_s
+
+    @property
+    def decode_rate(self) -> float:
+        """New tokens a second, of all texts together."""
+        return self.new_tokens / self.decode_s if self.new_tokens else float("nan")
+
+
+def weight_bytes(model: Decoder) -> int:
+    """Bytes of a model's arrays."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+def warm_up(generator: Generator, prompts: Sequence[Sequence[int]]) -> None:
+    """Compiles both programs, and lets the products choose their algorithms."""
+    for _ in generator.stream(prompts, 2, eos=()):
+        pass
+
+
+def measure(
+    model: Decoder,
+    generator: Generator,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    *,
+    eos: Sequence[int] | None = None,
+    on_tokens: Callable[[np.ndarray], Any] = lambda tokens: None,
+) -> Speed:
+    """Writes up to ``count`` tokens behind each prompt and tells how fast that was.
+
+    Args:
+      model: of which the generator was made.
+      generator: warmed up, unless the time to compile is to be part of it.
+      prompts: tokens of each text.
+      count: new tokens of each.
+      eos: as of ``Generator.stream``.
+      on_tokens: is called with each step's tokens.
+    """
+    new = 0
+    start = first = time.perf_counter()
+    for index, tokens in enumerate(generator.stream(prompts, count, eos=eos)):
+        if index == 0:
+            first = time.perf_counter()
+        else:
+            new += int((tokens >= 0).sum())
+        on_tokens(tokens)
+    end = time.perf_counter()
+    c, stats = model.config, next(iter(model.embedding[...].devices())).memory_stats()
+    per_position = 2 * c.layers * c.kv_heads * c.head_dim * np.dtype(model.dtype).itemsize
+    return Speed(
+        prompt_tokens=sum(map(len, prompts)),
+        new_tokens=new,
+        prefill_s=first - start,
+        decode_s=end - first,
+        weight_bytes=weight_bytes(model),
+        cache_bytes=per_position * generator.positions * len(prompts),
+        peak_bytes=stats.get("peak_bytes_in_use") if stats else None,
+    )

@@ -1,0 +1,189 @@
+"""Writing text: sampling, generation, the command."""
+
+import decoder_cases as cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("flax")
+pytest.importorskip("safetensors")
+pytest.importorskip("tokenizers")
+
+from jax_fp8 import decoder
+from jax_fp8.__main__ import main
+
+LOGITS = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]], jnp.float32))
+
+
+def drawn(how, count=400):
+    keys = jax.random.split(jax.random.key(0), count)
+    return np.asarray(jax.vmap(lambda key: decoder.sample(LOGITS, key, how))(keys))
+
+
+def test_the_most_likely():
+    assert decoder.sample(LOGITS, jax.random.key(0), decoder.Sampling()).tolist() == [0, 3]
+
+
+@pytest.mark.parametrize(
+    "how, first",
+    [
+        (decoder.Sampling(1.0), {0, 1, 2, 3}),
+        (decoder.Sampling(1.0, top_k=2), {0, 1}),
+        (decoder.Sampling(1.0, top_k=9), {0, 1, 2, 3}),
+        (decoder.Sampling(1.0, top_p=0.75), {0, 1, 2}),
+        (decoder.Sampling(1.0, top_p=0.6), {0, 1}),
+        (decoder.Sampling(1.0, top_p=1e-6), {0}),
+        (decoder.Sampling(1.0, top_k=3, top_p=0.5), {0, 1}),
+        (decoder.Sampling(1e-3), {0}),
+    ],
+)
+def test_which_tokens_can_come(how, first):
+    found = drawn(how)
+    assert set(found[:, 0]) == first
+    assert set(found[:, 1]) == {3 - token for token in first}
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_how_often_they_come(temperature):
+    found = drawn(decoder.Sampling(temperature), 4000)[:, 0]
+    chances = np.array([0.4, 0.3, 0.2, 0.1]) ** (1 / temperature)
+    chances /= chances.sum()
+    counted = np.bincount(found, minlength=4) / len(found)
+    # Five standard deviations of a count.
+    assert (np.abs(counted - chances) < 5 * np.sqrt(chances * (1 - chances) / len(found))).all()
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"temperature": -1.0}, "temperature must be >= 0"),
+        ({"temperature": float("nan")}, "temperature must be >= 0"),
+        ({"top_k": -1}, "top_k must be >= 0"),
+        ({"top_p": 0.0}, "top_p must be in"),
+        ({"top_p": 1.5}, "top_p must be in"),
+    ],
+)
+def test_samplings_that_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        decoder.Sampling(**options)
+
+
+# --- Generation -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return cases.write(tmp_path_factory.mktemp("models") / "model")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return decoder.load(folder, dtype=jnp.float32)
+
+
+PROMPTS = [[5, 6, 7], [20, 21, 22, 23, 24], [40]]
+
+
+def test_a_batch_writes_what_each_would_alone(model):
+    generator = decoder.Generator(model, positions=32)
+    together = np.stack(list(generator.stream(PROMPTS, 8, eos=())), axis=1)
+    assert together.shape == (3, 8) and (together >= 0).all()
+    for prompt, row in zip(PROMPTS, together, strict=True):
+        alone = [int(token[0]) for token in generator.stream([prompt], 8, eos=())]
+        assert alone == row.tolist()
+
+
+def test_a_text_ends(model):
+    generator = decoder.Generator(model, positions=32)
+    whole = np.stack(list(generator.stream(PROMPTS, 8, eos=())), axis=1)
+    end = int(whole[0, 2])
+    found = np.stack(list(generator.stream(PROMPTS, 8, eos=(end,))), axis=1)
+    for row, full in zip(found, whole, strict=True):
+        stop = full.tolist().index(end) + 1 if end in full else len(full)
+        assert row[:stop].tolist() == full[: len(row)][:stop].tolist()
+        assert (row[stop:] == -1).all()
+    assert len(list(generator.stream(PROMPTS[:1], 8, eos=(end,)))) == 1 + whole[0].tolist().index(
+        end
+    )
+
+
+def test_sampled_texts_depend_on_the_seed_alone(model):
+    def written(seed):
+        how = decoder.Sampling(1.0, top_k=20)
+        generator = decoder.Generator(model, positions=32, sampling=how, seed=seed)
+        return [token.tolist() for token in generator.stream(PROMPTS, 8, eos=())]
+
+    assert written(1) == written(1) != written(2)
+
+
+def test_nan_is_told(folder):
+    model = decoder.load(folder, dtype=jnp.float32)
+    model.norm[...] = model.norm[...].at[0].set(jnp.nan)
+    with pytest.raises(FloatingPointError, match="logits are NaN"):
+        list(decoder.Generator(model, positions=16).stream([[3, 4]], 4))
+
+
+@pytest.mark.parametrize(
+    "prompts, count, said",
+    [
+        ([], 4, "there must be a prompt"),
+        ([[]], 4, "each prompt needs a token"),
+        ([[1] * 30], 4, "34, and there are 32 positions"),
+        ([[1]], 0, "count must be >= 1"),
+        ([[96]], 4, "tokens must be from 0 to 95, got 0 to 96"),
+        ([[-1]], 4, "tokens must be from 0 to 95"),
+    ],
+)
+def test_prompts_that_are_refused(model, prompts, count, said):
+    with pytest.raises(ValueError, match=said):
+        list(decoder.Generator(model, positions=32).stream(prompts, count))
+
+
+def test_positions_that_are_refused(model):
+    with pytest.raises(ValueError, match="made for 256 positions, got 257"):
+        decoder.Generator(model, positions=257)
+
+
+# --- Text and the command -------------------------------------------------------------------------
+
+
+def test_text_comes_in_whole_characters(folder):
+    tokenizer = decoder.read_tokenizer(folder)
+    stream = decoder.TextStream(tokenizer)
+    text = "".join(stream.add(token) for token in tokenizer.encode("Some text.").ids)
+    assert text == "Some text."
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json: not there"):
+        decoder.read_tokenizer(folder.parent)
+
+
+def test_the_command_writes(folder, capsys):
+    options = ["--dtype", "float32", "--max-new-tokens", "6"]
+    assert main(["generate", str(folder), "Hello", *options]) == 0
+    said = capsys.readouterr()
+    tokenizer = decoder.read_tokenizer(folder)
+    generator = decoder.Generator(decoder.load(folder, dtype=jnp.float32), positions=11)
+    prompt = tokenizer.encode("Hello").ids
+    tokens = [int(token[0]) for token in generator.stream([prompt], 6)]
+    assert said.out == "Hello" + tokenizer.decode([token for token in tokens if token >= 0]) + "\n"
+    assert "prefill 5 tokens" in said.err and "weights 0.00 GiB" in said.err
+
+
+def test_the_command_writes_a_batch(folder, capsys):
+    options = ["--max-new-tokens", "4", "--recipe", "rowwise", "--temperature", "1"]
+    assert main(["generate", str(folder), "Hello", "Ab", *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(line[:6] for line in lines) == ["[0] He", "[1] Ab"]
+
+
+def test_the_command_compares(folder, tmp_path, capsys):
+    text = tmp_path / "text"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 4)
+    options = ["--compare", "--text", str(text), "--max-new-tokens", "4"]
+    assert main(["generate", str(folder), "Hello", *options]) == 0
+    header, wide, fp8 = capsys.readouterr().out.splitlines()
+    assert header.split() == ["prefill", "decode", "weights", "perplexity", "agreement"]
+    assert wide.split()[0] == "bfloat16" and wide.split()[-2:] == ["100.0", "%"]
+    assert fp8.split()[0] == "FP8" and 50 < float(fp8.split()[-2]) <= 100
+    perplexities = [float(line.split()[-3]) for line in (wide, fp8)]
+    assert perplexities[0] == pytest.approx(perplexities[1], rel=0.1)
