@@ -154,6 +154,14 @@ def test_an_input_is_quantized_as_the_checkpoint_says():
     assert np.array_equal(y, want)
 
 
+def test_scales_that_are_powers_of_two():
+    w, x = quantized((24, 256)), jnp.asarray(np.random.default_rng(1).normal(size=(3, 256)))
+    y = Dense(w, activation=operand((1, 128), power_of_two=True))(x.astype(jnp.float32))
+    xq = jax_fp8.quantize(x.astype(jnp.float32), granularity=(1, 128), power_of_two=True)
+    assert (np.frexp(xq.scale)[0] == 0.5).all()
+    assert np.array_equal(y, jax_fp8.scaled_matmul(xq, w, preferred_element_type=jnp.float32))
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_wide_inputs(dtype):
     """No activation in the checkpoint, or few rows: the input is not rounded to FP8."""

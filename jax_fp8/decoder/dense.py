@@ -68,9 +68,11 @@ class Dense(nnx.Module):
         Returns:
           Options of ``jax_fp8.quantize`` and of the fused producers.
         """
-        operand = self.activation.operand
-        if self.scale is None or operand is None or self.activation.bound or self._is_few(x):
+        operand, bound = self.activation.operand, self.activation.bound
+        if self.scale is None or operand is None or self._is_few(x):
             return None
+        if bound is not None or operand.power_of_two:
+            return None  # Which only this product's own quantization can do.
         scale = None if self.input_scale is None else self.input_scale[...]
         return {"dtype": operand.dtype, "granularity": operand.granularity, "scale": scale}
 
@@ -84,7 +86,7 @@ class Dense(nnx.Module):
         if self.scale is None:
             return _wide_product(x, weight, bias)
         if not isinstance(x, jax_fp8.ScaledArray):
-            options = self.quantization(x) or self._bounded(x)
+            options = self.quantization(x) or self._own_quantization(x)
             if options is None:
                 # The kernels that decode weights take 16 bits.
                 if x.dtype == jnp.float32:
@@ -93,14 +95,19 @@ class Dense(nnx.Module):
             x = jax_fp8.quantize(x, **options)
         return jax_fp8.scaled_matmul(x, weight, bias=bias, preferred_element_type=dtype)
 
-    def _bounded(self, x: jax.Array) -> dict[str, Any] | None:
-        """Options of ``quantize`` for scales of a bounded amax: what lies beyond saturates."""
+    def _own_quantization(self, x: jax.Array) -> dict[str, Any] | None:
+        """Options of ``quantize`` that fused producers do not have; None leaves ``x`` wide."""
         operand, bound = self.activation.operand, self.activation.bound
-        if operand is None or bound is None or self._is_few(x):
+        if operand is None or self._is_few(x):
             return None
+        options: dict[str, Any] = {"dtype": operand.dtype, "granularity": operand.granularity}
+        if bound is None:
+            return options | {"power_of_two": operand.power_of_two}
+        # Scales of a bounded amax: what lies beyond saturates.
         amax = jnp.minimum(jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.float32), bound)
-        scale = jnp.maximum(amax / float(jnp.finfo(operand.dtype).max), 2.0**-126)
-        return {"dtype": operand.dtype, "granularity": operand.granularity, "scale": scale}
+        return options | {
+            "scale": jnp.maximum(amax / float(jnp.finfo(operand.dtype).max), 2.0**-126)
+        }
 
     def _is_few(self, x: jax.Array) -> bool:
         return x.dtype != jnp.float32 and math.prod(x.shape[:-1]) <= self.weight_only_rows
