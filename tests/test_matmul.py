@@ -228,10 +228,3 @@ def test_recipes_that_need_more_than_matmul_takes(rng):
     refuses(ValueError, "the recipe multiplies wide values, and w is FP8", X, w, recipe="wide")
     stochastic = jax_fp8.named_recipe("rowwise", stochastic_rounding=True)
     refuses(ValueError, "it takes no key to round gradients with", X, w, recipe=stochastic)
-
-
-def test_vmap_raises(implementation, rng):
-    w = operand(rng, (8, 32))
-    multiply = jax.vmap(lambda x: jax_fp8.matmul(x, w, implementation=implementation))
-    with pytest.raises(NotImplementedError, match="scaled_matmul: jax.vmap is not supported"):
-        multiply(X[None])

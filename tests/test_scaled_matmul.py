@@ -190,13 +190,6 @@ def test_what_the_cpu_has_not_is_refused_when_it_runs(x, w, named):
         jax_fp8.scaled_matmul(x, w, implementation=named).block_until_ready()
 
 
-def test_vmap_raises(implementation, x, w):
-    x, w = (jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), o) for o in (x, w))
-    multiply = jax.vmap(lambda x, w: jax_fp8.scaled_matmul(x, w, implementation=implementation))
-    with pytest.raises(NotImplementedError, match="scaled_matmul: jax.vmap is not supported"):
-        multiply(x, w)
-
-
 def test_operands_are_not_differentiated(implementation, x, w):
     def total(scale):
         other = jax_fp8.ScaledArray(x.data, scale, "tensor")

@@ -70,8 +70,8 @@ def dot_general(
       TypeError: for dtypes other than these, and for dimension numbers that do not fit.
       ValueError: for an unknown recipe or implementation, a state or key that the recipe needs or
         has no use for, or a PreparedWeight of another recipe or other axes.
-      NotImplementedError: for what the named implementation cannot do on any device, for second
-        derivatives, and under ``jax.vmap``.
+      NotImplementedError: for what the named implementation cannot do on any device, and for second
+        derivatives.
 
     >>> import jax, jax.numpy as jnp, jax_fp8
     >>> x, w = jnp.ones((4, 32), jnp.bfloat16), jnp.ones((32, 8), jnp.bfloat16)

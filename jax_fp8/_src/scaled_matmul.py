@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_fp8._src import ffi, plans
-from jax_fp8._src.epilogue import activate, with_gradients
-from jax_fp8._src.numerics import absolute_max, inverse, round_saturate
+from jax_fp8._src.batching import batch_product
+from jax_fp8._src.definition import CallConfig, reference
+from jax_fp8._src.epilogue import with_gradients
+from jax_fp8._src.numerics import inverse
 from jax_fp8._src.partition import partition
 from jax_fp8._src.quantize import WIDE_DTYPES
 from jax_fp8._src.scaled_array import (
@@ -23,7 +25,6 @@ from jax_fp8._src.scaled_array import (
     ScaledArray,
     block_shape,
     check_scaled_array,
-    expand_scale,
     scale_shape,
 )
 
@@ -44,26 +45,6 @@ FP8_HAS_NO_GRADIENT = "an FP8 result has no gradient; ask for a wide one and qua
 #: The compute capability that calls pretend (as 89 for 8.9), 0 for the device's own. Tests set it
 #: to run the branches of other GPUs; it goes into CallConfig, and so into the key of every cache.
 _forced_capability = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class CallConfig:
-    """The static part of a product: everything but the arrays."""
-
-    out_dtype: jnp.dtype
-    x_granularity: Granularity
-    w_granularity: Granularity
-    has_bias: bool
-    activation: str | None
-    fast: bool
-    implementation: str | None
-    #: Pretends this compute capability (as 90 for 9.0) when not 0. For tests alone.
-    capability: int = 0
-
-    @property
-    def has_blocks(self) -> bool:
-        """Whether a scale changes along K."""
-        return isinstance(self.x_granularity, tuple) or isinstance(self.w_granularity, tuple)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,40 +84,6 @@ def _fold(x: ScaledArray, batch: tuple[int, ...]) -> _Folded:
     return _Folded(x.data.reshape(count, rows, columns), scale.reshape(shape), granularity)
 
 
-def _reference(
-    config: CallConfig,
-    x: jax.Array,
-    x_scale: jax.Array,
-    w: jax.Array,
-    w_scale: jax.Array,
-    bias: jax.Array,
-    inverse_out_scale: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """The definition in plain JAX, in float32: the oracle of the tests, and what the CPU runs.
-
-    Without a bias, or an FP8 result, their operands are placeholders, and so is the amax.
-    """
-    wide_x, wide_w = x.astype(jnp.float32), w.astype(jnp.float32)
-    if config.has_blocks:
-        wide_x = wide_x * expand_scale(x_scale, x.shape, config.x_granularity)
-        wide_w = wide_w * expand_scale(w_scale, w.shape, config.w_granularity)
-    y = lax.dot_general(
-        wide_x, wide_w, (((2,), (2,)), ((0,), (0,))), precision=lax.Precision.HIGHEST
-    )
-    if not config.has_blocks:
-        # After the product, the larger scale first: what leaves float32's range then is infinite,
-        # and no value is lost below it.
-        w_scale = w_scale.mT
-        y = y * jnp.maximum(x_scale, w_scale) * jnp.minimum(x_scale, w_scale)
-    if config.has_bias:
-        y = y + bias.astype(jnp.float32)
-    y = activate(y, config.activation)
-    if config.out_dtype in FP8_DTYPES:
-        amax = absolute_max(y).reshape(inverse_out_scale.shape)
-        return round_saturate(y, inverse_out_scale, config.out_dtype), amax
-    return y.astype(config.out_dtype), inverse_out_scale
-
-
 def _pad(array: jax.Array, rows: int, columns: int) -> jax.Array:
     """Appends zeros to (B, R, C) until R and C are multiples of ``rows`` and ``columns``."""
     add = [(0, 0), (0, -array.shape[1] % rows), (0, -array.shape[2] % columns)]
@@ -152,7 +99,6 @@ def _kernel(config: CallConfig, *operands: jax.Array) -> tuple[jax.Array, jax.Ar
     """
     x, x_scale, w, w_scale, bias, inverse_out_scale = operands
     m, n = x.shape[1], w.shape[1]
-    is_fp8 = config.out_dtype in FP8_DTYPES
     nothing = jnp.zeros((0,), jnp.float32)
     is_wide = x.dtype not in FP8_DTYPES
     cublaslt = config.implementation in (None, "cublaslt") and not is_wide
@@ -173,7 +119,7 @@ def _kernel(config: CallConfig, *operands: jax.Array) -> tuple[jax.Array, jax.Ar
         (
             *(x, x_scale, w, w_scale),
             bias if config.has_bias else nothing,
-            inverse_out_scale if is_fp8 else nothing,
+            inverse_out_scale if config.is_fp8 else nothing,
         ),
         out_dtype=config.out_dtype,
         blocks=(block_shape(config.x_granularity), block_shape(config.w_granularity)),
@@ -183,7 +129,7 @@ def _kernel(config: CallConfig, *operands: jax.Array) -> tuple[jax.Array, jax.Ar
         capability=config.capability,
         workspace=cublaslt,
     )
-    return data[:, :m, :n], amax if is_fp8 else inverse_out_scale
+    return data[:, :m, :n], amax if config.is_fp8 else inverse_out_scale
 
 
 def _xla(config: CallConfig, *operands: jax.Array) -> Any:
@@ -195,7 +141,7 @@ def _xla(config: CallConfig, *operands: jax.Array) -> Any:
         dtypes=(x.dtype.name, w.dtype.name, config.out_dtype.name),
         granularity=(config.x_granularity, config.w_granularity),
     )
-    return _reference(config, *operands)
+    return reference(config, *operands)
 
 
 def _local(config: CallConfig, *operands: jax.Array) -> Any:
@@ -217,10 +163,7 @@ def _operation(config: CallConfig) -> Any:
 
     @batched.def_vmap
     def _vmap(axis_size: int, in_batched: list[bool], *operands: jax.Array) -> Any:
-        raise NotImplementedError(
-            "scaled_matmul: jax.vmap is not supported in this version; put the batch into the"
-            " leading axes of x, or of both x and w"
-        )
+        return batch_product(_operation, config, axis_size, in_batched, operands)
 
     differentiable = jax.custom_vjp(batched)
 
@@ -375,7 +318,9 @@ def scaled_matmul(
 ) -> Any:
     """Multiplies two ScaledArrays: ``activation(x @ w.T + bias)``, accumulated in float32.
 
-    Differentiable in the bias.
+    Differentiable in the bias. ``jax.vmap`` means a loop over the entries, and runs one product:
+    with one ``w`` for all, the entries' rows become its rows (for ``"small_m"``, 64 at most); with
+    one for each, it is a batch. Only ``"naive"`` gives the bits of the loop.
 
     Scales must leave both operands' values, and the product of two scales, within the range of
     float32, as dynamic scales do; beyond it some implementations give an infinity or NaN.
@@ -410,7 +355,7 @@ def scaled_matmul(
         is differentiated.
       ValueError: for shapes, scales or options that do not fit.
       NotImplementedError: for what the named implementation cannot do on any device, when an FP8
-        result is differentiated, under ``jax.vmap``, or for operands sharded over an explicit mesh.
+        result is differentiated, or for operands sharded over an explicit mesh.
       jax.errors.JaxRuntimeError: for what the named implementation cannot do on this device.
 
     >>> import jax.numpy as jnp, jax_fp8
