@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import sys
 
 import decoder_cases as cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import run_script
 
 pytest.importorskip("flax")
 pytest.importorskip("safetensors")
@@ -383,8 +383,5 @@ def test_random_models():
 
 def test_the_core_does_not_need_flax():
     """The decoder is a program on top of the library; nothing below imports it."""
-    import subprocess
-
     said = "import sys, jax_fp8; print([n for n in sys.modules if n.split('.')[0] == 'flax'])"
-    run = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+    assert run_script(said).strip() == "[]"
