@@ -25,39 +25,36 @@ w = rng.standard_normal(64).astype(np.float32)
 """
 
 
-def test_an_auto_mesh_gives_right_values():
-    """Sharded along rows and columns: XLA brings the parts of the operands together."""
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+def test_a_mesh_gives_right_values(axis_type):
+    """Sharded along rows and columns: the values of one device, with no more than one amax of all.
+
+    A tensor's amax comes from XLA's own values there, which are off by a few ulps of float32: so
+    may be the scale, and a code where a value lies in the middle between two.
+    """
     run(
         FUNCTIONS
-        + """
-mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+        + f"""
+mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.{axis_type},) * 2)
+jax.set_mesh(mesh)
 for granularity in ("tensor", "row"):
-    for function in functions("kernel", granularity):
-        want = jax.tree.map(np.asarray, function(x, w))
+    for index, function in enumerate(functions("kernel", granularity)):
+        with jax.set_mesh(jax.make_mesh((1,), ("one",), axis_types=(AxisType.Auto,))):
+            want = jax.tree.map(np.asarray, function(x, w))
         for axes in (("a",), (None, "b"), ("a", "b")):
             operands = put(x, mesh, *axes), put(w, mesh, *axes[1:])
-            ref.assert_same_trees(jax.jit(function)(*operands), want)
+            got = jax.jit(function)(*operands)
+            if granularity == "row" and (index < 4 or axes == ("a",)):
+                ref.assert_same_trees(got, want)
+                continue
+            quantized, expected = jax.tree.leaves(got)[:2], jax.tree.leaves(want)[:2]
+            np.testing.assert_allclose(quantized[1], expected[1], rtol=2.0**-20)
+            pair = quantized[0], expected[0]
+            codes = [np.asarray(data).view(np.uint8).astype(int) for data in pair]
+            off = np.abs(codes[0] - codes[1])
+            assert off.max() <= 1 and (off != 0).mean() < 0.01
 """
     )
-
-
-def test_a_sharded_operand_of_an_explicit_mesh_is_refused_and_a_replicated_one_taken():
-    printed = run(
-        FUNCTIONS
-        + """
-want = [jax.tree.map(np.asarray, function(x, w)) for function in functions("kernel", "row")]
-mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Explicit,))
-jax.set_mesh(mesh)
-for function, expected in zip(functions("kernel", "row"), want):
-    ref.assert_same_trees(jax.jit(function)(put(x, mesh), put(w, mesh)), expected)
-for function in functions(None, "row"):
-    print(message_of(function, put(x, mesh, "a"), put(w, mesh)))
-"""
-    )
-    names = ["rms_norm", "rms_norm", "layer_norm", "swiglu", "gelu"]
-    for line, name in zip(printed.splitlines(), names, strict=True):
-        assert line.startswith(f"NotImplementedError: {name}_quantize: operand ")
-        assert "jax.shard_map" in line
 
 
 @pytest.mark.parametrize("implementation", ["kernel", None])

@@ -77,27 +77,6 @@ def test_an_auto_mesh_gives_right_values(named):
     )
 
 
-def test_a_sharded_operand_of_an_explicit_mesh_is_refused():
-    printed = run(
-        """
-        mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Explicit,))
-        jax.set_mesh(mesh)
-        x, w = jnp.ones((16, 64)), operand(rng, (24, 64), granularity="row")
-        print(message_of(jax_fp8.quantize, put(x, mesh, "a")))
-        print(message_of(jax.jit(jax_fp8.quantize), put(x, mesh, None, "a")))
-        xq = jax_fp8.quantize(x, granularity="row")
-        sharded = scaled(put(w.data, mesh, "a"), put(w.scale, mesh, "a"), "row")
-        print(message_of(jax_fp8.scaled_matmul, xq, sharded))
-        print(message_of(jax.jit(jax_fp8.matmul), x, sharded))
-        """
-    )
-    lines = printed.splitlines()
-    assert len(lines) == 4
-    for line, operation in zip(lines, ["quantize"] * 2 + ["scaled_matmul"] * 2, strict=True):
-        assert line.startswith(f"NotImplementedError: {operation}: operand ")
-        assert "sharded over an explicit mesh axis" in line and "jax.shard_map" in line
-
-
 @pytest.mark.parametrize("named", [("None", "None"), ("'kernel'", "'naive'")], ids=["xla", "naive"])
 def test_a_replicated_operand_of_an_explicit_mesh_is_taken(named):
     run(
@@ -232,26 +211,5 @@ def test_gradients_in_shard_map(recipe):
         parts = [jax.grad(loss, (0, 1))(part, w) for part in np.split(x, 8)]
         ref.assert_same_bits(dx, np.concatenate([part[0] for part in parts]))
         np.testing.assert_allclose(dw, sum(part[1] for part in parts), rtol=1e-5, atol=1e-5)
-        """
-    )
-
-
-def test_gradients_on_an_auto_mesh():
-    run(
-        """
-        mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
-        dims = (((1,), (0,)), ((), ()))
-        x = rng.standard_normal((16, 32)).astype(np.float32)
-        w = rng.standard_normal((32, 24)).astype(np.float32)
-
-        @jax.jit
-        def gradients(x, w):
-            return jax.grad(
-                lambda x, w: jnp.sum(jax_fp8.dot_general(x, w, dims, recipe="rowwise") ** 2), (0, 1)
-            )(x, w)
-
-        got = gradients(put(x, mesh, "a", "b"), put(w, mesh, "b", None))
-        for one, other in zip(got, gradients(x, w), strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
         """
     )

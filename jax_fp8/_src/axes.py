@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from jax_fp8._src.placement import reshape
 from jax_fp8._src.scaled_array import ScaledArray, describe, scale_shape
 
 
@@ -40,9 +41,8 @@ class View:
         count = len(self.batch)
         middle = count + len(self.free if self.contract_last else self.contract)
         shape = x.shape
-        return x.reshape(
-            math.prod(shape[:count]), math.prod(shape[count:middle]), math.prod(shape[middle:])
-        )
+        parts = shape[:count], shape[count:middle], shape[middle:]
+        return reshape(x, tuple(map(math.prod, parts)))
 
     def apply_scaled(self, op: str, name: str, x: ScaledArray) -> ScaledArray:
         """The same of a ScaledArray, whose contracted axis is the last and stays there.
@@ -59,17 +59,17 @@ class View:
             )
         data = self.apply(x.data)
         if x.granularity == "tensor" and x.scale.size == 1:
-            return ScaledArray(data, x.scale.reshape(1, 1, 1))
+            return ScaledArray(data, reshape(x.scale, (1, 1, 1)))
         if x.granularity == "tensor":  # Stacked arrays, each with a scale of its own.
             scale = jnp.broadcast_to(x.scale, (*x.shape[:-1], 1))
-            return ScaledArray(data, scale.reshape(*data.shape[:-1], 1), "row")
+            return ScaledArray(data, reshape(scale, (*data.shape[:-1], 1)), "row")
         want = scale_shape(data.shape, x.granularity)
         if math.prod(want) != x.scale.size:
             raise ValueError(
                 f"{op}: {name}, {describe(x)}, has blocks {x.granularity} that do not fit its free"
                 " axes taken as one"
             )
-        return ScaledArray(data, x.scale.reshape(want), x.granularity)
+        return ScaledArray(data, reshape(x.scale, want), x.granularity)
 
 
 def view_of(ndim: int, contract: tuple[int, ...], batch: tuple[int, ...]) -> View:

@@ -12,12 +12,24 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_fp8._src import ffi, plans
-from jax_fp8._src.numerics import random_bits
-from jax_fp8._src.partition import partition
+from jax_fp8._src.numerics import dynamic_scale, random_bits
+from jax_fp8._src.partition import (
+    Axes,
+    Dimensions,
+    Rule,
+    all_max,
+    axes_of,
+    in_units,
+    name_of,
+    partition,
+)
 from jax_fp8._src.quantize import (
     IMPLEMENTATIONS,
     WIDE_DTYPES,
     QuantizeConfig,
+    amax_of_wide,
+    over_entries,
+    quantize_local,
     reference,
     static_scale,
 )
@@ -51,6 +63,13 @@ class CastTransposeConfig:
     def layouts(self) -> tuple[str, ...]:
         """Those that are asked for."""
         return ("straight",) * self.straight + ("transposed",) * self.transposed
+
+    @property
+    def given(self) -> QuantizeConfig:
+        """How ``quantize`` makes one layout with a scale that is known."""
+        return QuantizeConfig(
+            self.dtype, self.granularity, True, False, self.implementation, self.batch_dims
+        )
 
 
 def _reference(
@@ -140,8 +159,31 @@ def _xla(config: CastTransposeConfig, *operands: jax.Array) -> tuple[jax.Array, 
     return _reference(config, *operands)
 
 
-def _local(config: CastTransposeConfig, *operands: jax.Array) -> Any:
+def _local(
+    config: CastTransposeConfig, x: jax.Array, scale: jax.Array, key: jax.Array, *, axes: Axes
+) -> Any:
     """Runs on the operands of one device, whatever mesh they came from."""
+    everywhere = axes_of(tuple(axes), axes)
+    if config.stochastic and everywhere:
+        # Each part has bits of its own, and so not those that the whole would have.
+        key = _fold_in(key, lax.axis_index(everywhere))
+    if not config.static:
+        across = {name: axes_of(_shared(config, name, x.ndim), axes) for name in config.layouts}
+        if any(across.values()):
+            if config.granularity == "row":
+                return _rows_across(config, x, key, across)
+            amax = all_max(over_entries(config, amax_of_wide)(x), across[config.layouts[0]])
+            scale = dynamic_scale(amax, config.dtype, config.power_of_two)
+            static = dataclasses.replace(config, static=True, power_of_two=False, amax=False)
+            results = _run(static, x, scale, key)
+            return (*results, amax) if config.amax else results
+    results = _run(config, x, scale, key)
+    if config.amax and everywhere:
+        results = (*results[:-1], all_max(results[-1], everywhere))
+    return results
+
+
+def _run(config: CastTransposeConfig, *operands: jax.Array) -> Any:
     xla, kernel = functools.partial(_xla, config), functools.partial(_kernel, config)
     if config.implementation == "xla":
         return xla(*operands)
@@ -150,11 +192,107 @@ def _local(config: CastTransposeConfig, *operands: jax.Array) -> Any:
     return lax.platform_dependent(*operands, cpu=xla, cuda=kernel)
 
 
+def _rows_across(
+    config: CastTransposeConfig, x: jax.Array, key: jax.Array, across: dict[str, tuple[str, ...]]
+) -> tuple[jax.Array, ...]:
+    """Row scales where one layout's rows, or both's, are spread over devices: each on its own.
+
+    The kernel takes no row scales that are known, and ``quantize`` does.
+    """
+    results: list[jax.Array] = []
+    for name, names in across.items():
+        if not names:
+            alone = dataclasses.replace(
+                config, straight=name == "straight", transposed=name == "transposed", amax=False
+            )
+            results += _run(alone, x, jnp.zeros(x.shape[: config.batch_dims]), key)
+            continue
+        turned = x if name == "straight" else x.mT
+        amax = all_max(over_entries(config, amax_of_wide)(turned), names)
+        scale = dynamic_scale(amax, config.dtype, config.power_of_two)
+        if config.stochastic:
+            data = over_entries(config, functools.partial(_stochastic, name))(turned, scale, key)
+        else:
+            data, *_ = quantize_local(config.given, turned, scale, axes={})
+        results += [data, scale]
+    return tuple(results)
+
+
+def _stochastic(
+    name: str, config: CastTransposeConfig, x: jax.Array, scale: jax.Array, key: jax.Array
+) -> jax.Array:
+    bits = random_bits(key, x.shape if name == "straight" else x.mT.shape)
+    bits = bits if name == "straight" else bits.mT
+    return reference(dataclasses.replace(config.given, batch_dims=0), x, scale, bits)[0]
+
+
+def _fold_in(key: jax.Array, index: jax.Array) -> jax.Array:
+    """The words of as many keys, each for a part of its own."""
+    words = key.reshape(-1, 2)
+    folded = jax.vmap(
+        lambda one: jax.random.key_data(
+            jax.random.fold_in(jax.random.wrap_key_data(one, impl="threefry2x32"), index)
+        )
+    )(words)
+    return folded.reshape(key.shape)
+
+
+def _shared(config: CastTransposeConfig, layout: str, ndim: int) -> tuple[str, ...]:
+    """The factors of ``_rule`` along which more than a block of a layout shares a scale."""
+    if config.granularity == "tensor":
+        return (*(f"d{i}" for i in range(config.batch_dims, ndim - 2)), "r", "c")
+    along = "c" if layout == "straight" else "r"
+    return (along,) if config.granularity == "row" else ()
+
+
+def _rule(config: CastTransposeConfig, x: jax.Array, scale: jax.Array, key: jax.Array) -> Rule:
+    """Every axis can be divided, but for one whose blocks do not come out even."""
+    leading = [f"d{i}" for i in range(x.ndim - 2)]
+    sizes = dict(zip((*leading, "r", "c"), x.shape, strict=True))
+    units: dict[str, int] = {}
+    own: list[str | None] = ["r", "c"]
+    block = block_shape(config.granularity)
+    if isinstance(config.granularity, tuple):
+        for axis in (0, 1):
+            # (1, 128) has blocks along the last axis of each layout.
+            if config.layouts == ("straight",) and axis == 0 and block[0] == 1:
+                continue
+            if config.layouts == ("transposed",) and axis == 1 and block[0] == 1:
+                continue
+            in_units(own, axis, block[1], sizes, units)
+    rows, columns = own
+    batch = tuple(leading[: config.batch_dims])
+    ones: Dimensions = (*batch, *(None,) * (x.ndim - config.batch_dims))
+
+    def scales(first: str | None, last: str | None) -> Dimensions:
+        if config.granularity == "tensor":
+            return ones
+        return (*leading, first, None if block[1] == 0 else name_of(last))
+
+    def of_rows(dimension: str | None) -> str | None:
+        return name_of(dimension) if block[0] > 1 else dimension
+
+    data, turned = (*leading, rows, columns), (*leading, columns, rows)
+    results: list[Dimensions] = []
+    if config.straight:
+        results += [data, scales(of_rows(rows), columns)]
+    if config.transposed:
+        results += [turned, scales(of_rows(columns), rows)]
+    if config.amax:
+        results.append(ones)
+    return Rule(
+        (data, ones if config.static else batch, (*batch, None)),
+        tuple(results),
+        sizes,
+        units,
+    )
+
+
 @functools.cache
 def _operation(config: CastTransposeConfig) -> Any:
     """custom_vjp -> custom_vmap -> partition -> platform, for one configuration."""
     batched = jax.custom_batching.custom_vmap(
-        partition("cast_transpose", functools.partial(_local, config))
+        partition(functools.partial(_local, config), functools.partial(_rule, config))
     )
 
     @batched.def_vmap
@@ -239,8 +377,7 @@ def cast_transpose(
       ValueError: for an unknown granularity or implementation, a rank below 2, a scale that does
         not fit, one together with ``power_of_two``, an amax of another granularity than
         ``"tensor"``, or no layout at all.
-      NotImplementedError: under differentiation, or for an operand that is sharded over an
-        explicit mesh.
+      NotImplementedError: under differentiation.
 
     >>> import jax.numpy as jnp, jax_fp8
     >>> xq, xt = jax_fp8.cast_transpose(jnp.array([[1.0, -2.0], [4.0, 0.5]]), granularity="row")

@@ -24,6 +24,8 @@ class CallConfig:
     activation: str | None
     fast: bool
     implementation: str | None
+    #: Leading axes of both operands that are not multiplied with each other.
+    batch_dims: int = 0
     #: Pretends this compute capability (as 90 for 9.0) when not 0. For tests alone.
     capability: int = 0
 
@@ -75,7 +77,7 @@ def _sums(
 def finish(
     config: CallConfig, y: jax.Array, bias: jax.Array, inverse_out_scale: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Bias, activation and cast of the scaled float32 sums (B, M, N), and their amax."""
+    """Bias, activation and cast of the scaled float32 sums (..., M, N), and their amax."""
     if config.has_bias:
         y = y + bias.astype(jnp.float32)
     y = activate(y, config.activation)

@@ -11,6 +11,7 @@ from jax import lax
 from jax_fp8._src.axes import View, view_of
 from jax_fp8._src.cast_transpose import key_words
 from jax_fp8._src.health import HealthProbe
+from jax_fp8._src.placement import placement, placement_of_product, reshape
 from jax_fp8._src.prepared import PreparedWeight
 from jax_fp8._src.product import ProductConfig, Side, product
 from jax_fp8._src.quantize import WIDE_DTYPES
@@ -104,11 +105,12 @@ def dot_general(
         out_dtype=out_dtype,
         precision="default" if precision_is_fast(op, precision) else "highest",
         implementation=implementation,
+        placements=(_placement_of(sides[0]), _placement_of(sides[1])),
     )
     y, amaxes = product(config)(
         *sides, _scales(recipe, state, sides), _raw_key(op, recipe, key), probe
     )
-    y = y.reshape(shape)
+    y = reshape(y, shape, _result_spec(lhs, rhs, contract, batch))
     if out_sharding is not None:
         y = jax.sharding.reshard(y, out_sharding)
     if state is None:
@@ -203,6 +205,19 @@ def _side(op: str, name: str, x: Any, view: View, recipe: Recipe | None = None) 
 
 def _dtype_of(side: Side) -> Any:
     return None if side.wide is None else side.wide.dtype
+
+
+def _placement_of(side: Side) -> Any:
+    return None if side.wide is None else placement(side.wide)
+
+
+def _result_spec(lhs: Any, rhs: Any, contract: Any, batch: Any) -> Any:
+    """How the result lies on an explicit mesh, or None."""
+    values = [getattr(x, "data", getattr(x, "wide", x)) for x in (lhs, rhs)]
+    if any(value is None for value in values):
+        return None
+    where = placement_of_product(values[0], values[1], contract, batch)
+    return None if where is None else where.spec
 
 
 def _scales(recipe: Recipe, state: ScalingState | None, sides: tuple[Side, Side]) -> Any:

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from jax_fp8._src.placement import placed
+
 NOT_DIFFERENTIABLE = (
     "a ScaledArray cannot be differentiated, since FP8 values have no gradient worth the name:"
     " differentiate with respect to wide values (dot_general takes them on both sides), or put"
@@ -33,6 +35,7 @@ def with_gradients(
     *,
     input_gradient: Callable[..., Any] | None = None,
     refusal: str | None = None,
+    placements: tuple[Any, Any] = (None, None),
 ) -> Callable[..., Any]:
     """``(x, w, bias) -> y``, differentiable in a wide ``x`` and in the bias.
 
@@ -45,6 +48,7 @@ def with_gradients(
       activation: of ``run``.
       input_gradient: ``(dz, w, dtype) -> dx`` for a wide ``x``; None where it is a ScaledArray.
       refusal: why there is no gradient at all, or None.
+      placements: of ``x`` and the bias on an explicit mesh, which their gradients have too.
     """
 
     @jax.custom_vjp
@@ -77,10 +81,10 @@ def with_gradients(
             (dz,) = pull(dy)
         dx = dbias = None
         if input_gradient is not None and like.ndim > 0:
-            dx = input_gradient(dz, w, like.dtype)
+            dx = placed(input_gradient(dz, w, like.dtype), placements[0])
         if like_bias is not None:
             total = dz.astype(jnp.float32).sum(tuple(range(dz.ndim - 1)))
-            dbias = total.astype(like_bias.dtype)
+            dbias = placed(total.astype(like_bias.dtype), placements[1])
         return dx, None, dbias
 
     call.defvjp(forward, backward, symbolic_zeros=True)

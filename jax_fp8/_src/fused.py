@@ -14,12 +14,16 @@ import numpy as np
 from jax import lax
 
 from jax_fp8._src import ffi, plans
-from jax_fp8._src.partition import partition
+from jax_fp8._src.numerics import dynamic_scale
+from jax_fp8._src.partition import Axes, Rule, all_max, axes_of, name_of, partition
 from jax_fp8._src.quantize import (
     IMPLEMENTATIONS,
     WIDE_DTYPES,
     QuantizeConfig,
+    amax_of,
+    quantize_rule,
     reference,
+    shared_factors,
     static_scale,
 )
 from jax_fp8._src.scaled_array import (
@@ -58,6 +62,11 @@ class FusedConfig:
     def norm(self) -> bool:
         """Whether there is a weight."""
         return self.producer.endswith("norm")
+
+    @property
+    def quantize(self) -> QuantizeConfig:
+        """How the values of one entry are quantized."""
+        return QuantizeConfig(self.dtype, self.granularity, self.static, False, self.implementation)
 
     def data_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the result for ``x`` of ``shape``."""
@@ -109,14 +118,19 @@ _PRODUCERS: dict[str, Callable[..., jax.Array]] = {
 }
 
 
-def _reference(config: FusedConfig, *operands: jax.Array) -> tuple[jax.Array, ...]:
-    """The definition in plain JAX: the oracle of the tests, and what the CPU runs."""
-    if config.batch_dims:
-        inner = dataclasses.replace(config, batch_dims=config.batch_dims - 1)
-        own = 0 if config.batched_weight else None
-        axes = (0, 0 if config.residual else None, own, own, 0 if config.static else None)
-        return jax.vmap(functools.partial(_reference, inner), in_axes=axes)(*operands)
-    x, residual, weight, bias, scale = operands
+def _over_entries(config: FusedConfig, function: Any, operands: Any) -> Any:
+    """``function`` of the configuration and the operands of one entry, over the batch axes."""
+    if not config.batch_dims:
+        return function(config, *operands)
+    inner = dataclasses.replace(config, batch_dims=config.batch_dims - 1)
+    own = 0 if config.batched_weight else None
+    axes = (0, 0 if config.residual else None, own, own, 0 if config.static else None)
+    return jax.vmap(lambda *entry: _over_entries(inner, function, entry), in_axes=axes)(*operands)
+
+
+def _values(config: FusedConfig, *operands: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """What is quantized, in float32, and the sum with the residual where there is one."""
+    x, residual, weight, bias, _ = operands
     wide = x.astype(jnp.float32)
     total: tuple[jax.Array, ...] = ()
     if config.residual:
@@ -125,12 +139,22 @@ def _reference(config: FusedConfig, *operands: jax.Array) -> tuple[jax.Array, ..
         total = (lax.optimization_barrier((wide + residual.astype(jnp.float32)).astype(x.dtype)),)
         wide = total[0].astype(jnp.float32)
     weight, bias = weight.astype(jnp.float32), bias.astype(jnp.float32)
-    values = _PRODUCERS[config.producer](wide, weight, bias, config.eps)
-    quantized = QuantizeConfig(
-        config.dtype, config.granularity, config.static, False, config.implementation
-    )
-    data, scale, _ = reference(quantized, values, scale)
+    return _PRODUCERS[config.producer](wide, weight, bias, config.eps), total
+
+
+def _quantized(config: FusedConfig, *operands: jax.Array) -> tuple[jax.Array, ...]:
+    values, total = _values(config, *operands)
+    data, scale, _ = reference(config.quantize, values, operands[-1])
     return (data, scale, *total)
+
+
+def _reference(config: FusedConfig, *operands: jax.Array) -> tuple[jax.Array, ...]:
+    """The definition in plain JAX: the oracle of the tests, and what the CPU runs."""
+    return _over_entries(config, _quantized, operands)
+
+
+def _amax(config: FusedConfig, *operands: jax.Array) -> jax.Array:
+    return amax_of(_values(config, *operands)[0], config.granularity)
 
 
 # --- The handler ----------------------------------------------------------------------------------
@@ -180,14 +204,44 @@ def _xla(config: FusedConfig, *operands: jax.Array) -> tuple[jax.Array, ...]:
     return _reference(config, *operands)
 
 
-def _local(config: FusedConfig, *operands: jax.Array) -> Any:
+def _local(config: FusedConfig, *operands: jax.Array, axes: Axes) -> Any:
     """Runs on the operands of one device, whatever mesh they came from."""
+    across = axes_of(shared_factors(config, operands[0].ndim), axes)
+    if across and not config.static:
+        amax = all_max(_over_entries(config, _amax, operands), across)
+        operands = (*operands[:-1], dynamic_scale(amax, config.dtype))
+        config = dataclasses.replace(config, static=True)
     xla, kernel = functools.partial(_xla, config), functools.partial(_kernel, config)
     if config.implementation == "xla":
         return xla(*operands)
     if config.implementation == "kernel":
         return kernel(*operands)
     return lax.platform_dependent(*operands, cpu=xla, cuda=kernel)
+
+
+def _rule(config: FusedConfig, *operands: jax.Array) -> Rule:
+    """As quantize's, but that the last axis of all but GELU goes through as a whole."""
+    x = operands[0]
+    given = config.data_shape(x.shape)
+    shape = jax.ShapeDtypeStruct(given, x.dtype)
+    quantize = dataclasses.replace(config.quantize, batch_dims=config.batch_dims)
+    rule = quantize_rule(quantize, shape, jnp.zeros(()))
+    if config.producer != "gelu":
+        rule = rule.without(name_of(rule.operands[0][-1]))
+    of_x = rule.operands[0]
+    of_weight = (*of_x[: config.batch_dims], None) if config.batched_weight else (None,)
+    data, scale, _ = rule.results
+    return dataclasses.replace(
+        rule,
+        operands=(
+            of_x,
+            of_x if config.residual else (),
+            of_weight if config.norm else (),
+            of_weight if config.producer == "layer_norm" else (),
+            scale if config.static else (),
+        ),
+        results=(data, scale, of_x) if config.residual else (data, scale),
+    )
 
 
 def _batch(config: FusedConfig, size: int, batched: list[bool], operands: Any) -> Any:
@@ -224,7 +278,7 @@ def _batch(config: FusedConfig, size: int, batched: list[bool], operands: Any) -
 def _operation(config: FusedConfig) -> Any:
     """custom_vjp -> custom_vmap -> partition -> platform, for one configuration."""
     batched = jax.custom_batching.custom_vmap(
-        partition(config.op, functools.partial(_local, config))
+        partition(functools.partial(_local, config), functools.partial(_rule, config))
     )
 
     @batched.def_vmap
@@ -375,8 +429,7 @@ def rms_norm_quantize(
       TypeError: for dtypes other than the above, or an ``eps`` that is no plain number.
       ValueError: for shapes that do not fit, an ``eps`` that is negative or not finite, an unknown
         granularity or implementation, or a scale that does not fit.
-      NotImplementedError: for granularity ``(128, 128)``, under differentiation, or for an operand
-        that is sharded over an explicit mesh.
+      NotImplementedError: for granularity ``(128, 128)``, and under differentiation.
 
     >>> import jax.numpy as jnp, jax_fp8
     >>> xq = jax_fp8.rms_norm_quantize(jnp.array([[3.0, -3.0]]), jnp.array([1.0, 2.0]), eps=0.0)
@@ -482,8 +535,7 @@ def swiglu_quantize(
       TypeError: for dtypes other than the above.
       ValueError: for an odd last axis, an unknown granularity or implementation, or a scale that
         does not fit.
-      NotImplementedError: for granularity ``(128, 128)``, under differentiation, or for an operand
-        that is sharded over an explicit mesh.
+      NotImplementedError: for granularity ``(128, 128)``, and under differentiation.
 
     >>> import jax.numpy as jnp, jax_fp8
     >>> xq = jax_fp8.swiglu_quantize(jnp.array([[30.0, 0.0, 2.0, 5.0]]))

@@ -12,6 +12,7 @@ from jax import lax
 
 from jax_fp8._src.axes import view_of
 from jax_fp8._src.epilogue import with_gradients
+from jax_fp8._src.placement import placement, reshape
 from jax_fp8._src.product import input_gradient
 from jax_fp8._src.quantize import WIDE_DTYPES, quantize, static_scale
 from jax_fp8._src.recipe import Operand, Recipe, get_recipe
@@ -126,7 +127,15 @@ def matmul(
         return _input_gradient(op, recipe, operand, dz, w, dtype, implementation)
 
     refusal = None if output_scale is None else FP8_HAS_NO_GRADIENT
-    differentiable = with_gradients(op, run, activation, input_gradient=gradient, refusal=refusal)
+    bias = None if bias is None else jnp.asarray(bias)
+    differentiable = with_gradients(
+        op,
+        run,
+        activation,
+        input_gradient=gradient,
+        refusal=refusal,
+        placements=(placement(x), None if bias is None else placement(bias)),
+    )
     return differentiable(x, w, bias)
 
 
@@ -188,9 +197,10 @@ def _input_gradient(
     """``dz @ w``, of the dtype of ``x``: a product of dot_general, whose gradients these are."""
     batch = w.ndim - 2
     view = view_of(w.ndim, (w.ndim - 1,), tuple(range(batch)))
-    dz3 = dz.reshape(math.prod(dz.shape[:batch]), math.prod(dz.shape[batch:-1]), dz.shape[-1])
+    parts = dz.shape[:batch], dz.shape[batch:-1], dz.shape[-1:]
+    dz3 = reshape(dz, tuple(map(math.prod, parts)))
     if operand is not None and recipe.dgrad is not None and recipe.dgrad[0] is not None:
         gradient = dataclasses.replace(recipe.dgrad[0], granularity=operand.granularity)
         recipe = dataclasses.replace(recipe, dgrad=(gradient, recipe.dgrad[1]))
     dx = input_gradient(op, recipe, dz3, view.apply_scaled(op, "w", w), dtype, implementation)
-    return dx.reshape(*dz.shape[:-1], w.shape[-1])
+    return reshape(dx, (*dz.shape[:-1], w.shape[-1]))

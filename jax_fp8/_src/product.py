@@ -23,6 +23,7 @@ from jax_fp8._src.epilogue import NOT_DIFFERENTIABLE, is_primal
 from jax_fp8._src.health import HealthProbe, no_stats, stats_of
 from jax_fp8._src.layouts import quantize_layouts, transpose
 from jax_fp8._src.partition import vary_alike
+from jax_fp8._src.placement import placed, placement_of_product
 from jax_fp8._src.quantize import dequantize
 from jax_fp8._src.recipe import Backward, Operand, Recipe
 from jax_fp8._src.scaled_array import ScaledArray
@@ -76,6 +77,8 @@ class ProductConfig:
     out_dtype: Any
     precision: str
     implementation: str | None
+    #: How the wide operands lie on an explicit mesh, as their gradients must; None: as they come.
+    placements: tuple[Any, Any] | None = None
 
 
 @functools.cache
@@ -145,7 +148,17 @@ def _run(
     else:
         left = x.forward if x.forward is not None else _contract_last(config, x.wide)
         y = _multiply(config, left, w.forward, config.out_dtype, config.precision)
-    return y, x, w
+    return placed(y, _placement(config, x, w)), x, w
+
+
+def _placement(config: ProductConfig, x: Side, w: Side) -> Any:
+    """Of the result, by the operands alone: whatever of them is kept for gradients."""
+    contract = []
+    for index, side in enumerate((x, w)):
+        last = side.wide is None or config.contract_last[index]
+        contract.append((2 if last else 1,))
+    values = [side.forward.data if side.wide is None else side.wide for side in (x, w)]
+    return placement_of_product(values[0], values[1], contract, ((0,), (0,)))
 
 
 def _contract_last(config: ProductConfig, x: jax.Array) -> jax.Array:
@@ -266,8 +279,10 @@ def _compute_gradients(config: ProductConfig, residuals: Any, dy: jax.Array) -> 
     dx = dw = None
     if kept_w is not None:
         dx = _input_gradient(config, dy_x if straight is None else straight, other_w)
+        dx = dx if config.placements is None else placed(dx, config.placements[0])
     if kept_x is not None:
         dw = _weight_gradient(config, dy_w if transposed is None else transposed, other_x)
+        dw = dw if config.placements is None else placed(dw, config.placements[1])
     probe = None
     if measured is not None:
         gradient = no_stats()

@@ -19,7 +19,7 @@ from jax_fp8._src.numerics import (
     round_saturate,
     round_stochastic,
 )
-from jax_fp8._src.partition import partition
+from jax_fp8._src.partition import Axes, Rule, all_max, axes_of, in_units, name_of, partition
 from jax_fp8._src.scaled_array import (
     Granularity,
     ScaledArray,
@@ -56,7 +56,7 @@ class QuantizeConfig:
         return (*batch, *scale_shape(shape[self.batch_dims :], self.granularity))
 
 
-def _amax(x: jax.Array, granularity: Granularity) -> jax.Array:
+def amax_of(x: jax.Array, granularity: Granularity) -> jax.Array:
     """The amax under each scale."""
     rows, columns = block_shape(granularity)
     if granularity == "tensor":
@@ -84,7 +84,7 @@ def reference(
         inner = dataclasses.replace(config, batch_dims=config.batch_dims - 1)
         return jax.vmap(functools.partial(reference, inner))(x, scale)
     wide = x.astype(jnp.float32)
-    amax = _amax(wide, config.granularity)
+    amax = amax_of(wide, config.granularity)
     if not config.static:
         scale = dynamic_scale(amax, config.dtype, config.power_of_two)
     factor = expand_scale(inverse(scale), x.shape, config.granularity)
@@ -135,21 +135,74 @@ def _xla(config: QuantizeConfig, x: jax.Array, scale: jax.Array) -> Any:
     return reference(config, x, scale)
 
 
-def _local(config: QuantizeConfig, x: jax.Array, scale: jax.Array) -> Any:
+def quantize_local(config: QuantizeConfig, x: jax.Array, scale: jax.Array, *, axes: Axes) -> Any:
     """Runs on the operands of one device, whatever mesh they came from."""
+    across = axes_of(shared_factors(config, x.ndim), axes)
+    if across and not config.static:
+        amax = all_max(over_entries(config, amax_of_wide)(x), across)
+        scale = dynamic_scale(amax, config.dtype, config.power_of_two)
+        static = dataclasses.replace(config, static=True, amax=False, power_of_two=False)
+        data, scale, _ = quantize_local(static, x, scale, axes={})
+        return data, scale, amax
     xla, kernel = functools.partial(_xla, config), functools.partial(_kernel, config)
     if config.implementation == "xla":
-        return xla(x, scale)
-    if config.implementation == "kernel":
-        return kernel(x, scale)
-    return lax.platform_dependent(x, scale, cpu=xla, cuda=kernel)
+        found = xla(x, scale)
+    elif config.implementation == "kernel":
+        found = kernel(x, scale)
+    else:
+        found = lax.platform_dependent(x, scale, cpu=xla, cuda=kernel)
+    if across and config.amax:
+        found = (*found[:2], all_max(found[2], across))
+    return found
+
+
+def amax_of_wide(config: Any, x: jax.Array) -> jax.Array:
+    return amax_of(x.astype(jnp.float32), config.granularity)
+
+
+def over_entries(config: Any, function: Any) -> Any:
+    """The function of one entry, over the batch axes."""
+    run = functools.partial(function, config)
+    for _ in range(config.batch_dims):
+        run = jax.vmap(run)
+    return run
+
+
+def shared_factors(config: Any, ndim: int) -> tuple[str, ...]:
+    """The factors of ``quantize_rule`` along which more than a block shares a scale."""
+    if config.granularity == "tensor":
+        return tuple(f"d{i}" for i in range(config.batch_dims, ndim))
+    return (f"d{ndim - 1}",) if config.granularity == "row" else ()
+
+
+def quantize_rule(config: QuantizeConfig, x: Any, scale: Any) -> Rule:
+    """Every axis can be divided, but for one whose blocks do not come out even."""
+    dimensions: list[str | None] = [f"d{i}" for i in range(x.ndim)]
+    sizes = {f"d{i}": size for i, size in enumerate(x.shape)}
+    units: dict[str, int] = {}
+    if config.granularity == "tensor":
+        of_scale = dimensions[: config.batch_dims] + [None] * (x.ndim - config.batch_dims)
+    else:
+        of_scale = list(dimensions)
+        for axis, block in zip((-2, -1), block_shape(config.granularity), strict=True):
+            if block == 0:
+                of_scale[axis] = None
+            elif block > 1:
+                in_units(dimensions, axis, block, sizes, units)
+                of_scale[axis] = name_of(dimensions[axis])
+    data, scales = tuple(dimensions), tuple(of_scale)
+    given = scales if config.static else ()
+    return Rule((data, given), (data, scales, scales), sizes, units)
 
 
 @functools.cache
 def _operation(config: QuantizeConfig) -> Any:
     """custom_vjp -> custom_vmap -> partition -> platform, for one configuration."""
     batched = jax.custom_batching.custom_vmap(
-        partition("quantize", functools.partial(_local, config))
+        partition(
+            functools.partial(quantize_local, config),
+            functools.partial(quantize_rule, config),
+        )
     )
 
     @batched.def_vmap
@@ -206,6 +259,9 @@ def quantize(
     nearest even and saturated. NaN stays NaN, an infinity becomes NaN, and a NaN or an infinity
     among the values that a dynamic scale is taken from makes that scale and its data NaN.
 
+    Of an ``x`` that is sharded over a mesh the amax is that of all devices, and the values are
+    those of one device; inside ``jax.shard_map`` it is that of the part at hand.
+
     Args:
       x: ``(..., R, K)``; float32, bfloat16 or float16.
       dtype: ``float8_e4m3fn`` or ``float8_e5m2``.
@@ -226,8 +282,7 @@ def quantize(
       TypeError: for dtypes other than the above.
       ValueError: for an unknown granularity or implementation, a rank without such blocks, a
         scale that does not fit, or one together with ``power_of_two``.
-      NotImplementedError: under differentiation, or for an ``x`` that is sharded over an
-        explicit mesh.
+      NotImplementedError: under differentiation.
 
     >>> import jax.numpy as jnp, jax_fp8
     >>> xq = jax_fp8.quantize(jnp.array([[1.0, -3.5]]))

@@ -13,10 +13,12 @@ from jax import lax
 
 from jax_fp8._src import ffi, plans
 from jax_fp8._src.batching import batch_product
-from jax_fp8._src.definition import CallConfig, reference
+from jax_fp8._src.definition import CallConfig, finish, reference
 from jax_fp8._src.epilogue import with_gradients
 from jax_fp8._src.numerics import inverse
-from jax_fp8._src.partition import partition
+from jax_fp8._src.partition import Axes, all_max, partition
+from jax_fp8._src.placement import placement
+from jax_fp8._src.product_rule import product_rule
 from jax_fp8._src.quantize import WIDE_DTYPES
 from jax_fp8._src.scaled_array import (
     BLOCK,
@@ -144,21 +146,52 @@ def _xla(config: CallConfig, *operands: jax.Array) -> Any:
     return reference(config, *operands)
 
 
-def _local(config: CallConfig, *operands: jax.Array) -> Any:
-    """Runs on the operands of one device, whatever mesh they came from."""
+def _folded(config: CallConfig, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of operands of any rank, by what knows three axes."""
+    x_data, x_scale, w_data, w_scale, *rest = operands
+    batch = w_data.shape[: config.batch_dims]
+    x = _fold(ScaledArray(x_data, x_scale, config.x_granularity), batch)
+    w = _fold(ScaledArray(w_data, w_scale, config.w_granularity), batch)
+    config = dataclasses.replace(
+        config, x_granularity=x.granularity, w_granularity=w.granularity, batch_dims=1
+    )
     xla, kernel = functools.partial(_xla, config), functools.partial(_kernel, config)
+    folded = (x.data, x.scale, w.data, w.scale, *rest)
     if config.implementation == "xla":
-        return xla(*operands)
-    if config.implementation is None:
-        return lax.platform_dependent(*operands, cpu=xla, cuda=kernel)
-    return kernel(*operands)
+        y, amax = xla(*folded)
+    elif config.implementation is None:
+        y, amax = lax.platform_dependent(*folded, cpu=xla, cuda=kernel)
+    else:
+        y, amax = kernel(*folded)
+    return y.reshape(*x_data.shape[:-1], w_data.shape[-2]), amax
+
+
+def _local(config: CallConfig, *operands: jax.Array, axes: Axes) -> Any:
+    """Runs on the operands of one device, whatever mesh they came from."""
+    contracted = axes.get("k", ())
+    if not contracted:
+        y, amax = _folded(config, *operands)
+    else:
+        # Each device has a part of every sum. They travel in the dtype of the result, but in
+        # float32 where something is still to be done to them.
+        is_unfinished = config.has_bias or config.activation is not None or config.is_fp8
+        dtype = jnp.dtype(jnp.float32) if is_unfinished else config.out_dtype
+        sums = dataclasses.replace(config, out_dtype=dtype, has_bias=False, activation=None)
+        *factors, bias, inverse_out_scale = operands
+        placeholders = jnp.zeros((1,), jnp.float32), jnp.ones((1,), jnp.float32)
+        y, amax = _folded(sums, *factors, *placeholders)
+        y = lax.psum(y, contracted)
+        if is_unfinished:
+            y, amax = finish(config, y, bias, inverse_out_scale)
+    others = tuple(name for factor, names in axes.items() if factor != "k" for name in names)
+    return y, all_max(amax, others) if config.is_fp8 and others else amax
 
 
 @functools.cache
 def _operation(config: CallConfig) -> Any:
     """custom_vjp -> custom_vmap -> partition -> platform, for one configuration."""
     batched = jax.custom_batching.custom_vmap(
-        partition("scaled_matmul", functools.partial(_local, config))
+        partition(functools.partial(_local, config), functools.partial(product_rule, config))
     )
 
     @batched.def_vmap
@@ -282,22 +315,19 @@ def multiply(
             raise ValueError(f"{op}: output_scale must be a scalar, got {output_scale.shape}")
         inverse_out_scale = inverse(output_scale).reshape(1)
 
-    folded_x, folded_w = _fold(x, batch), _fold(w, batch)
     config = CallConfig(
         out_dtype=out_dtype,
-        x_granularity=folded_x.granularity,
-        w_granularity=folded_w.granularity,
+        x_granularity=x.granularity,
+        w_granularity=w.granularity,
         has_bias=has_bias,
         activation=activation,
         fast=precision_is_fast(op, precision),
         implementation=implementation,
+        batch_dims=len(batch),
         capability=_forced_capability,
     )
     _check_supported(op, config, x, w)
-    data, amax = _operation(config)(
-        folded_x.data, folded_x.scale, folded_w.data, folded_w.scale, bias, inverse_out_scale
-    )
-    data = data.reshape(*x.shape[:-1], w.shape[-2])
+    data, amax = _operation(config)(x.data, x.scale, w.data, w.scale, bias, inverse_out_scale)
     if not is_fp8:
         return data
     result = ScaledArray(data, output_scale.reshape((1,) * data.ndim), "tensor")
@@ -354,8 +384,8 @@ def scaled_matmul(
       TypeError: for operands that are no ScaledArrays, or unsupported dtypes; when a ScaledArray
         is differentiated.
       ValueError: for shapes, scales or options that do not fit.
-      NotImplementedError: for what the named implementation cannot do on any device, when an FP8
-        result is differentiated, or for operands sharded over an explicit mesh.
+      NotImplementedError: for what the named implementation cannot do on any device, and when an
+        FP8 result is differentiated.
       jax.errors.JaxRuntimeError: for what the named implementation cannot do on this device.
 
     >>> import jax.numpy as jnp, jax_fp8
@@ -383,4 +413,7 @@ def scaled_matmul(
         )
 
     refusal = None if output_scale is None else FP8_HAS_NO_GRADIENT
-    return with_gradients(op, run, activation, refusal=refusal)(x, w, bias)
+    bias = None if bias is None else jnp.asarray(bias)
+    placements = None, None if bias is None else placement(bias)
+    differentiable = with_gradients(op, run, activation, refusal=refusal, placements=placements)
+    return differentiable(x, w, bias)

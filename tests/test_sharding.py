@@ -1,0 +1,408 @@
+"""Operations divided over meshes: the values of one device, and no collective but those stated.
+
+Each script runs on eight devices that the CPU pretends. ``a`` has two devices, ``b`` four.
+"""
+
+import pytest
+from test_partition import run
+
+MESHES = """
+import re
+
+def mesh_of(axis_type):
+    return jax.make_mesh((2, 4), ("a", "b"), axis_types=(axis_type,) * 2)
+
+def collectives(function, *operands):
+    "Their number by name and dtype, of the program as it is compiled."
+    text = jax.jit(function).lower(*operands).compile().as_text()
+    names = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
+    found = {}
+    for line in text.splitlines():
+        match = re.search(rf"= \\(?(\\w+)\\[.* ({names})(-start)?\\(", line)
+        if match:
+            # A CPU gathers FP8 as float16.
+            dtype = {"f16": "fp8"}.get(match.group(1), match.group(1))
+            key = f"{match.group(2)} {dtype}"
+            found[key] = found.get(key, 0) + 1
+    return found
+
+AMAX = "all-reduce s32"
+"""
+
+KINDS = pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+
+
+def check(script, kind):
+    run(MESHES + f"kind = AxisType.{kind}\nmesh = mesh_of(kind)\n" + script)
+
+
+QUANTIZED = """
+x = rng.standard_normal((16, 32, 512)).astype(np.float32)
+x[0, 0, 0] = 100.0  # The amax is on one device.
+#: How x lies -> how often an amax is reduced, with a scale for a tensor and for a row.
+PLACES = {
+    P("a"): (1, 0),
+    P(None, "b"): (1, 0),
+    P(None, None, "a"): (1, 1),
+    P("a", "b"): (1, 0),
+    P(("a", "b")): (1, 0),
+    P(None, "b", "a"): (1, 1),
+}
+for granularity in ("tensor", "row", (1, 128)):
+    def quantize(x):
+        return jax_fp8.quantize(x, granularity=granularity, return_amax=True)
+
+    want = jax.tree.map(np.asarray, quantize(x))
+    for spec, counts in PLACES.items():
+        with jax.set_mesh(mesh):
+            operand = put(x, mesh, *spec)
+            count = dict(zip(("tensor", "row"), counts)).get(granularity, 0)
+            assert collectives(quantize, operand) == ({AMAX: count} if count else {}), spec
+            got = jax.jit(quantize)(operand)
+            ref.assert_same_trees(got, want)
+            entries = (*spec, None, None)[:3]
+            assert (*got[0].data.sharding.spec, None, None)[:3] == entries
+            whole = granularity != "tensor"
+            of_scale = (*entries[:2], entries[2] if granularity == (1, 128) else None)
+            found = (*got[0].scale.sharding.spec, None, None, None)[:3]
+            assert found == (of_scale if whole else (None,) * 3)
+"""
+
+
+@KINDS
+def test_quantize(kind):
+    check(QUANTIZED, kind)
+
+
+@KINDS
+def test_values_that_are_not_finite(kind):
+    """One device's NaN or infinity is all devices'."""
+    check(
+        """
+x = np.ones((16, 512), np.float32)
+for bad in (np.nan, np.inf, -np.inf):
+    x[3, 5] = bad
+    with jax.set_mesh(mesh):
+        got = jax.jit(jax_fp8.quantize)(put(x, mesh, "a", "b"))
+        assert np.isnan(np.asarray(got.data).astype(np.float32)).all()
+        rows = jax.jit(lambda x: jax_fp8.quantize(x, granularity="row"))(put(x, mesh, "a", "b"))
+        is_nan = np.isnan(np.asarray(rows.data).astype(np.float32))
+        assert is_nan[3].all() and is_nan.sum() == 512
+""",
+        kind,
+    )
+
+
+@KINDS
+def test_cast_transpose(kind):
+    check(
+        """
+x = rng.standard_normal((2, 512, 512)).astype(np.float32)
+x[1, 7, 300] = 50.0
+#: How x lies -> how often an amax is reduced, with a scale for a tensor and for rows.
+PLACES = {
+    P("a"): (1, 0),
+    P(None, "b"): (1, 1),  # Of the transpose's rows.
+    P(None, None, "a"): (1, 1),  # Of its own.
+    P(None, "a", "b"): (1, 2),
+}
+for granularity in ("tensor", "row", (1, 128), (128, 128)):
+    def cast(x):
+        return jax_fp8.cast_transpose(x, granularity=granularity)
+
+    want = jax.tree.map(np.asarray, cast(x))
+    for spec, counts in PLACES.items():
+        with jax.set_mesh(mesh):
+            operand = put(x, mesh, *spec)
+            count = dict(zip(("tensor", "row"), counts)).get(granularity, 0)
+            assert collectives(cast, operand) == ({AMAX: count} if count else {}), spec
+            straight, transposed = jax.jit(cast)(operand)
+            ref.assert_same_trees((straight, transposed), want)
+            entries = (*spec, None, None)[:3]
+            assert (*transposed.data.sharding.spec, None, None)[:3] == (
+                entries[0], entries[2], entries[1]
+            )
+
+def rounded(x, key):
+    return jax_fp8.cast_transpose(x, granularity="tensor", key=key)
+
+# Parts that are rounded stochastically have bits of their own: the mean is still the value.
+small = np.full((256, 256), 1.03, np.float32)
+small[0, 0] = 448.0
+with jax.set_mesh(mesh):
+    straight, transposed = jax.jit(rounded)(put(small, mesh, "a", "b"), jax.random.key(0))
+values = np.asarray(jax_fp8.dequantize(straight))
+ref.assert_same_bits(np.asarray(transposed.data), np.asarray(straight.data).T)
+assert set(np.unique(values[1:])) == {1.0, 1.125}
+assert abs(values[1:].mean() - 1.03) < 5 * 0.0625 / 255
+parts = values[1:129, :64], values[1:129, 64:128]
+assert (parts[0] != parts[1]).any()
+""",
+        kind,
+    )
+
+
+PRODUCT = """
+#: How x and w lie -> how often data and row scales are gathered, and products summed.
+PLACES = {
+    "data": (P("a"), P(), 0, 0),
+    "data and sequence": (P("a", "b"), P(), 0, 0),
+    "fully sharded along K": (P("a"), P(None, "a"), 1, 0),
+    "columns": (P(), P("b"), 0, 0),
+    "rows": (P(None, None, "b"), P(None, "b"), 0, 1),
+    "data and columns": (P("a"), P("b"), 0, 0),
+    "data and rows": (P("a", None, "b"), P(None, "b"), 0, 1),
+}
+def lie(operand, spec):
+    entries = (*spec, None, None)
+    shape = operand.data.shape
+    of_scale = [e if n == m else None for e, n, m in zip(entries, operand.scale.shape, shape)]
+    return scaled(
+        put(operand.data, mesh, *spec), put(operand.scale, mesh, *of_scale), operand.granularity
+    )
+
+x = rng.integers(-8, 9, (8, 16, 512)).astype(ref.E4M3)
+w = rng.integers(-8, 9, (256, 512)).astype(ref.E4M3)
+bias = rng.integers(-99, 99, 256).astype(np.float32)
+for granularity in ("tensor", "row"):
+    scales = [
+        2.0 ** rng.integers(-2, 3, s.shape[:-1] + (1,)).astype(np.float32)
+        if granularity == "row" else np.full((1,) * s.ndim, 0.5, np.float32)
+        for s in (x, w)
+    ]
+    operands = scaled(x, scales[0], granularity), scaled(w, scales[1], granularity)
+    for options in (
+        dict(preferred_element_type=jnp.float32),
+        dict(preferred_element_type=jnp.float32, bias=bias, activation="relu"),
+    ):
+        def multiply(x, w):
+            return jax_fp8.scaled_matmul(x, w, implementation=implementation, **options)
+
+        want = np.asarray(multiply(*operands))
+        for name, (of_x, of_w, gathered, summed) in PLACES.items():
+            with jax.set_mesh(mesh):
+                placed = lie(operands[0], of_x), lie(operands[1], of_w)
+                found = collectives(multiply, *placed)
+                stated = {"all-gather fp8": gathered, "all-reduce f32": summed}
+                assert found == {k: n for k, n in stated.items() if n}, (name, found)
+                got = jax.jit(multiply)(*placed)
+                # The sums are exact whatever their order.
+                np.testing.assert_array_equal(got, want, err_msg=name)
+                rows = (*of_x, None, None)[:2]
+                columns = (*of_w, None)[0]
+                assert (*got.sharding.spec, None, None, None)[:3] == (*rows, columns), name
+
+def narrow(x, w):
+    return jax_fp8.scaled_matmul(
+        x, w, preferred_element_type=jnp.float8_e4m3fn, output_scale=jnp.float32(8.0),
+        return_amax=True, implementation=implementation,
+    )
+
+want = jax.tree.map(np.asarray, narrow(*operands))
+for name, (of_x, of_w, *_) in PLACES.items():
+    with jax.set_mesh(mesh):
+        got = jax.jit(narrow)(lie(operands[0], of_x), lie(operands[1], of_w))
+        ref.assert_same_trees(got, want)
+"""
+
+
+@KINDS
+@pytest.mark.parametrize("implementation", [None, "naive"])
+def test_scaled_matmul(kind, implementation):
+    check(f"implementation = {implementation!r}\n" + PRODUCT, kind)
+
+
+@KINDS
+def test_block_scales(kind):
+    """Whole blocks are divided, and K only where both sides have whole blocks of it."""
+    check(
+        """
+x = rng.standard_normal((8, 16, 512)).astype(np.float32)
+w = rng.standard_normal((512, 512)).astype(np.float32)
+xq = jax_fp8.quantize(x, granularity=(1, 128))
+wq = jax_fp8.quantize(w, granularity=(128, 128))
+
+def multiply(x, w):
+    return jax_fp8.scaled_matmul(x, w, preferred_element_type=jnp.float32)
+
+want = np.asarray(multiply(xq, wq))
+for of_x, of_w, stated in (
+    (P("a"), P(), {}),
+    (P("a"), P("b"), {}),
+    (P(None, None, "b"), P(None, "b"), {"all-reduce f32": 1}),
+    (P("a", None, "b"), P(None, "b"), {"all-reduce f32": 1}),
+):
+    with jax.set_mesh(mesh):
+        placed = [
+            scaled(put(q.data, mesh, *spec), put(q.scale, mesh, *spec), q.granularity)
+            for q, spec in ((xq, of_x), (wq, of_w))
+        ]
+        assert collectives(multiply, *placed) == stated
+        got = jax.jit(multiply)(*placed)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+""",
+        kind,
+    )
+
+
+GRADIENTS = """
+x = rng.standard_normal((8, 64, 512)).astype(np.float32)
+w = rng.standard_normal((512, 256)).astype(np.float32)
+t = rng.standard_normal((8, 64, 256)).astype(np.float32)
+
+def loss(x, w, t):
+    y = jax_fp8.dot_general(x, w, (((2,), (0,)), ((), ())), recipe=recipe)
+    return (y * t).sum(), y
+
+step = jax.value_and_grad(loss, (0, 1), has_aux=True)
+(_, y), (dx, dw) = jax.tree.map(np.asarray, jax.jit(step)(x, w, t))
+#: How x, w and the result lie -> how often FP8 data is gathered, and what is summed: the loss, and
+#: where it is a sum over devices y, dx or dw.
+PLACES = {
+    "data": (P("a"), P(), P("a"), 0, 1),
+    "fully sharded": (P("a"), P("a"), P("a"), 2, 1),
+    "columns": (P(), P(None, "b"), P(None, None, "b"), 0, 1),
+    "rows": (P(None, None, "b"), P("b"), P(), 0, 1),
+    "data and columns": (P("a"), P(None, "b"), P("a", None, "b"), 0, 2),
+    "data and rows": (P("a", None, "b"), P("b"), P("a"), 0, 2),
+    "fully sharded and columns": (P("a"), P("a", "b"), P("a", None, "b"), 2, 2),
+}
+for name, (of_x, of_w, of_y, gathered, summed) in PLACES.items():
+    with jax.set_mesh(mesh):
+        placed = put(x, mesh, *of_x), put(w, mesh, *of_w), put(t, mesh, *of_y)
+        out = None
+        if kind == AxisType.Auto:
+            lie = [NamedSharding(mesh, spec) for spec in (of_y, of_x, of_w)]
+            out = ((None, lie[0]), (lie[1], lie[2]))
+        placed_step = jax.jit(step, out_shardings=out)
+        found = collectives(placed_step, *placed)
+        assert found.get("all-gather fp8", 0) == gathered, (name, found)
+        # Wide values are summed, and never gathered; XLA may sum several with one collective.
+        assert 1 <= found.get("all-reduce f32", 0) <= summed + 1, (name, found)
+        wide = {k for k in found if not k.endswith((" fp8", " s32")) and k != "all-reduce f32"}
+        row_scales = {"all-gather f32"} if gathered and recipe == "rowwise" else set()
+        assert wide <= row_scales, (name, found)
+        (_, got_y), (got_dx, got_dw) = placed_step(*placed)
+        for got, want in ((got_y, y), (got_dx, dx), (got_dw, dw)):
+            np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
+        places = (got_dx, of_x), (got_dw, of_w)
+        for got, spec in places:
+            padded = (*got.sharding.spec, *(None,) * got.ndim)[: got.ndim]
+            assert padded == (*spec, *(None,) * got.ndim)[: got.ndim], (name, got.sharding)
+"""
+
+
+@KINDS
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_dot_general_and_its_gradients(kind, recipe):
+    check(f"recipe = {recipe!r}\n" + GRADIENTS, kind)
+
+
+@KINDS
+def test_matmul_and_its_gradients(kind):
+    check(
+        """
+x = rng.standard_normal((8, 16, 512)).astype(np.float32)
+wq = jax_fp8.quantize(rng.standard_normal((256, 512)).astype(np.float32), granularity="row")
+bias = rng.standard_normal(256).astype(np.float32)
+
+def loss(x, bias, w):
+    return (jax_fp8.matmul(x, w, recipe="rowwise", bias=bias, activation="gelu") ** 2).sum()
+
+step = jax.value_and_grad(loss, (0, 1))
+want = jax.tree.map(np.asarray, jax.jit(step)(x, bias, wq))
+#: How x, w and the bias lie -> amaxes of all devices.
+PLACES = (
+    (P("a"), P(), P(), 0),
+    (P("a"), P("b"), P("b"), 1),  # Of the gradient, whose rows are divided.
+    (P("a", None, "b"), P(None, "b"), P(), 1),  # Of x.
+)
+for of_x, of_w, of_bias, amaxes in PLACES:
+    with jax.set_mesh(mesh):
+        rows = of_w[0] if len(of_w) else None
+        w = scaled(put(wq.data, mesh, *of_w), put(wq.scale, mesh, rows), "row")
+        placed = put(x, mesh, *of_x), put(bias, mesh, *of_bias), w
+        found = collectives(step, *placed)
+        assert found.pop(AMAX, 0) == amaxes and set(found) == {"all-reduce f32"}, found
+        got = jax.jit(step)(*placed)
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+            np.testing.assert_allclose(one, other, rtol=2e-6, atol=2e-6 * np.abs(other).max())
+        padded = (*got[1][0].sharding.spec, None, None)[:3]
+        assert padded == (*of_x, None, None)[:3]
+""",
+        kind,
+    )
+
+
+@KINDS
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_layers(kind, recipe):
+    """Flax's layers by columns and then by rows, with the data divided too."""
+    check(
+        f"""
+import jax_fp8.nnx
+from flax import nnx
+
+x = rng.standard_normal((8, 16, 256)).astype(np.float32)
+layers = nnx.Linear(256, 128, rngs=nnx.Rngs(0)), nnx.Linear(128, 256, rngs=nnx.Rngs(1))
+model = nnx.Sequential(layers[0], nnx.relu, layers[1])
+model = jax_fp8.nnx.convert(model, where=lambda path, layer: True, recipe={recipe!r})
+
+def loss(model, x):
+    return (model(x) ** 2).mean()
+
+step = nnx.jit(nnx.value_and_grad(loss))
+want = jax.tree.map(np.asarray, step(nnx.clone(model), x))
+with jax.set_mesh(mesh):
+    places = (layers[0].kernel, P(None, "b")), (layers[0].bias, P("b"))
+    places += (layers[1].kernel, P("b", None)), (layers[1].bias, P(None))
+    for variable, spec in places:
+        variable.set_value(put(variable[...], mesh, *spec))
+    got = step(model, put(x, mesh, "a"))
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-6, atol=2e-6 * np.abs(other).max())
+    gradient = got[1]["layers"][0]["kernel"]
+    assert gradient[...].sharding.spec == P(None, "b")
+""",
+        kind,
+    )
+
+
+@KINDS
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "blockwise"])
+def test_values_where_something_has_to_be_gathered(kind, recipe):
+    """Rows of two axes of the mesh at once, and blocks that are not even: right all the same."""
+    check(
+        f"""
+recipe = {recipe!r}
+x = rng.standard_normal((8, 16, 384)).astype(np.float32)
+w = rng.standard_normal((384, 256)).astype(np.float32)
+
+def loss(x, w):
+    y = jax_fp8.dot_general(x, w, (((2,), (0,)), ((), ())), recipe=recipe)
+    return (y**2).sum()
+
+step = jax.grad(loss, (0, 1))
+want = jax.tree.map(np.asarray, jax.jit(step)(x, w))
+for of_x, of_w in ((P("a", "b"), P()), (P("a", None, "b"), P("b")), (P("b"), P("b", "a"))):
+    with jax.set_mesh(mesh):
+        got = jax.jit(step)(put(x, mesh, *of_x), put(w, mesh, *of_w))
+        for one, other in zip(got, want):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
+""",
+        kind,
+    )
+
+
+def test_rows_that_cannot_be_divided():
+    """JAX's own error, and not another number."""
+    run(
+        """
+        mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Explicit,))
+        print(message_of(lambda: put(np.ones((12, 64), np.float32), mesh, "a")))
+        with jax.set_mesh(mesh):
+            x = put(np.ones((16, 64), np.float32), mesh, "a")
+            q = jax_fp8.quantize(x, granularity="row")
+            assert q.data.sharding.spec == P("a", None) and q.scale.sharding.spec == P("a", None)
+        """
+    )
