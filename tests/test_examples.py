@@ -1,12 +1,14 @@
 """The examples run, and show what they promise."""
 
 import importlib.util
+import json
 import pathlib
 import re
 
 import jax
 import numpy as np
 import pytest
+from cases import run_script
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
 
@@ -79,3 +81,33 @@ def test_digits_picture_shows_something(demo):
     assert len(colors) > 50
     for half in (pixels[:, : width // 2], pixels[:, width // 2 :]):
         assert half[..., :3].std() > 0.1
+
+
+# --- parallel.py ----------------------------------------------------------------------------------
+
+PARALLEL = """
+import json, sys
+sys.path.insert(0, {folder!r})
+import parallel
+found = parallel.main({arguments!r}.split())
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", ["--model 4 --fsdp", "--model 2 --fsdp --train"])
+def test_parallel_gathers_weights_in_fp8(arguments):
+    """The gathered weights take half of bf16's bytes; what is summed is the same."""
+    printed = run_script(
+        PARALLEL.format(folder=str(EXAMPLES), arguments=arguments),
+        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+        JAX_PLATFORMS="cpu",
+    )
+    found = json.loads(printed.splitlines()[-1])
+    bf16, fp8 = found["bf16"]["moved"], found["rowwise"]["moved"]
+    assert 0 < found["rowwise"]["error"] < 0.15
+    # A CPU gathers bf16 as float32 and FP8 as float16; of a row's scales there is one for hundreds.
+    assert fp8["all-gather f16"] == bf16["all-gather f32"] / 2
+    assert fp8["all-gather f32"] < 0.01 * bf16["all-gather f32"]
+    assert fp8["all-reduce f32"] == pytest.approx(bf16["all-reduce f32"])
+    assert not {key.split()[0] for key in fp8} - {"all-gather", "all-reduce"}

@@ -45,6 +45,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--unroll", type=int, help="layers in one turn of the loop over them")
     add("--attention", choices=("cudnn", "xla"), help="cuDNN's on a GPU, if not given")
     add("--seed", type=int, help="of the weights and the batches")
+    add("--devices", type=int, help="that share the batch (1)")
     add("--out", type=pathlib.Path, default=pathlib.Path("out"), metavar="DIR")
     add("--resume", action="store_true", help="leave out the recipes that DIR has results of")
     options = parser.parse_args(arguments)
@@ -68,7 +69,9 @@ def _training(options: argparse.Namespace) -> Training:
         hidden = -(-8 * options.width // (3 * 128)) * 128
         size = 128 if options.width >= 2048 else 64 if options.width >= 256 else 32
         config = dataclasses.replace(config, hidden=hidden, heads=max(1, options.width // size))
-    return dataclasses.replace(training, config=config, **given("steps", "batch", "seed"))
+    return dataclasses.replace(
+        training, config=config, **given("steps", "batch", "seed", "devices")
+    )
 
 
 def describe(preset: str, training: Training) -> Row:
@@ -79,6 +82,7 @@ def describe(preset: str, training: Training) -> Row:
         **{name: getattr(config, name) for name in ("width", "layers", "length")},
         **{name: getattr(training, name) for name in ("batch", "steps", "seed")},
         "report": training.report,
+        "devices": training.devices,
         "unroll": config.unroll,
         "attention": config.kernel,
         "tokens_per_step": training.batch * config.length,

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 import jax_fp8.nnx
@@ -38,6 +39,7 @@ class Training:
       seed: of the weights and of the batches.
       report: steps between two looks at the device, which runs ahead of the host meanwhile.
       compiler: options of XLA's.
+      devices: that share the batch; each has all of the model.
     """
 
     config: Config = Config()
@@ -49,6 +51,7 @@ class Training:
     seed: int = 0
     report: int = 20
     compiler: dict[str, Any] = dataclasses.field(default_factory=dict)
+    devices: int = 1
 
 
 #: 100m and wide are for a GPU; wide is to be timed, and need not learn much.
@@ -127,31 +130,45 @@ def train_step(model: GPT, optimizer: nnx.Optimizer, tokens: jax.Array) -> jax.A
 
 
 class Run:
-    """A model in training, compiled for one device, with the corpus there."""
+    """A model in training, compiled for its devices, with the corpus on each."""
 
     def __init__(self, training: Training, recipe: str, corpus: data.Corpus) -> None:
         self.training, self.recipe = training, recipe
         self.losses: list[float] = []
         self.seconds: list[float] = []
         batch, length = training.batch, training.config.length
-        self._corpus = jnp.asarray(corpus.training)
-        self._held_out = jnp.asarray(corpus.validation)
+        axis_types = (AxisType.Auto,)
+        devices = jax.devices()[: training.devices]
+        self._mesh = jax.make_mesh((training.devices,), ("data",), axis_types, devices=devices)
+        self._corpus = self._on_all(jnp.asarray(corpus.training))
+        self._held_out = self._on_all(jnp.asarray(corpus.validation))
         size = len(corpus.training)
-        self._starts = jnp.asarray(data.starts(size, training.steps, batch, length, training.seed))
+        starts = data.starts(size, training.steps, batch, length, training.seed)
+        self._starts = self._on_all(jnp.asarray(starts))
         grid = data.grid(len(corpus.validation), length, training.validated)
         count = max(1, len(grid) // batch)  # Of whole batches, which are all compiled alike.
-        self._grid = jnp.asarray(grid[: count * batch]).reshape(count, -1)
+        self._grid = self._on_all(jnp.asarray(grid[: count * batch]).reshape(count, -1))
         calibrations = 1 + training.steps // recipes.CALIBRATED_EVERY
         ahead = data.starts(size, calibrations, batch, length, training.seed + 1)
-        self._ahead = iter(jnp.asarray(ahead))
+        self._ahead = iter(self._on_all(jnp.asarray(ahead)))
 
         model = build(training, recipe)
-        self._graph, self._state = nnx.split((model, optimizer_of(training, model)))
+        self._graph, state = nnx.split((model, optimizer_of(training, model)))
+        self._state = self._on_all(state)
         self.parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
         start = time.perf_counter()
         self._step = self._compiled_step()
         self.compile_s = time.perf_counter() - start
         self._calibrate, self._evaluate = self._calibration(), self._evaluation()
+
+    def _on_all(self, tree: Any) -> Any:
+        """Puts arrays on every device, or says in a program that they are."""
+        return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec()))
+
+    def _windows(self, corpus: jax.Array, starts: jax.Array) -> jax.Array:
+        """The batch, of which each device has its part."""
+        tokens = windows(corpus, starts, self.training.config.length)
+        return jax.device_put(tokens, NamedSharding(self._mesh, PartitionSpec("data")))
 
     def _compiled_step(self) -> Any:
         step_of = functools.partial(peer.train_step, loss_of)
@@ -160,9 +177,8 @@ class Run:
         @functools.partial(jax.jit, donate_argnums=0)
         def step(state: Any, corpus: jax.Array, starts: jax.Array, i: jax.Array) -> Any:
             model, optimizer = nnx.merge(self._graph, state)
-            tokens = windows(corpus, starts[i], self.training.config.length)
-            loss = step_of(model, optimizer, tokens)
-            return nnx.state((model, optimizer)), loss
+            loss = step_of(model, optimizer, self._windows(corpus, starts[i]))
+            return self._on_all((nnx.state((model, optimizer)), loss))
 
         lowered = step.lower(self._state, self._corpus, self._starts, jnp.int32(0))
         return lowered.compile(self.training.compiler)
@@ -171,9 +187,8 @@ class Run:
         @functools.partial(jax.jit, donate_argnums=0, compiler_options=self.training.compiler)
         def calibrate(state: Any, corpus: jax.Array, starts: jax.Array) -> Any:
             model, optimizer = nnx.merge(self._graph, state)
-            tokens = windows(corpus, starts, self.training.config.length)
-            jax_fp8.nnx.calibrate(model, [tokens[:, :-1]])
-            return nnx.state((model, optimizer))
+            jax_fp8.nnx.calibrate(model, [self._windows(corpus, starts)[:, :-1]])
+            return self._on_all(nnx.state((model, optimizer)))
 
         return calibrate
 
@@ -182,7 +197,7 @@ class Run:
         def evaluate(state: Any, corpus: jax.Array, starts: jax.Array) -> jax.Array:
             model, _ = nnx.merge(self._graph, state)
             model.eval()  # Delayed scales are taken as they are.
-            return loss_of(model, windows(corpus, starts, self.training.config.length))
+            return self._on_all(loss_of(model, self._windows(corpus, starts)))
 
         return evaluate
 
