@@ -125,6 +125,15 @@ def test_configs_that_are_refused(changed, error, said):
         decoder.read_config(cases.config(**changed))
 
 
+def test_what_a_config_leaves_out():
+    """A field that is not there is the family's; one that is null is not there for anyone."""
+    given = cases.config("qwen2")
+    del given["num_key_value_heads"], given["max_position_embeddings"]
+    found = decoder.read_config({**given, "num_attention_heads": 32})
+    assert (found.kv_heads, found.max_length) == (32, 32768)
+    assert decoder.read_config({**given, "num_key_value_heads": None}).kv_heads == cases.HEADS
+
+
 # --- Products -------------------------------------------------------------------------------------
 
 
@@ -213,8 +222,11 @@ def test_fused_products_are_the_products(granularity):
 def test_what_cannot_be_one_product():
     x = jnp.ones((2, 256), jnp.float32)
     blocks = [quantized((size, 256), (128, 128)) for size in (64, 128)]
+    tall = quantized((128, 256), (128, 128)), quantized((128, 256), "tensor")
     cases = [
         [Dense(w, activation=operand((1, 128))) for w in blocks],
+        [Dense(w, activation=operand((1, 128))) for w in tall],
+        [Dense(w, activation=operand((1, 128))) for w in tall[::-1]],
         [Dense(quantized((8, 256)), activation=operand()), Dense(jnp.ones((8, 256)))],
     ]
     for parts in cases:

@@ -10,6 +10,8 @@ pytest.importorskip("flax")
 pytest.importorskip("safetensors")
 pytest.importorskip("tokenizers")
 
+from test_decoder import logits
+
 from jax_fp8 import decoder
 from jax_fp8.__main__ import main
 
@@ -145,6 +147,21 @@ def test_positions_that_are_refused(model):
         decoder.Generator(model, positions=257)
 
 
+def test_dynamic_rope_reads_on():
+    """Past the length that the model was made for, up to the factor; padding is no length."""
+    rope = {"rope_type": "dynamic", "factor": 4.0}
+    given = cases.config(rope_scaling=rope, max_position_embeddings=16)
+    model = decoder.random(decoder.read_config(given), dtype=jnp.float32)
+    with pytest.raises(ValueError, match="made for 64 positions, got 65"):
+        decoder.Generator(model, positions=65)
+    text = np.arange(3, 33, dtype=np.int32)[None]
+    padded = np.pad(text, ((0, 0), (0, 34)))
+    alone = logits(model, text)
+    np.testing.assert_allclose(logits(model, padded, [30])[:, :30], alone, rtol=0, atol=1e-4)
+    # At 64 the waves are longer.
+    assert np.abs(logits(model, padded, [64])[:, :30] - alone).max() > 1e-2
+
+
 # --- Text and the command -------------------------------------------------------------------------
 
 
@@ -167,6 +184,11 @@ def test_the_command_writes(folder, capsys):
     tokens = [int(token[0]) for token in generator.stream([prompt], 6)]
     assert said.out == "Hello" + tokenizer.decode([token for token in tokens if token >= 0]) + "\n"
     assert "prefill 5 tokens" in said.err and "weights 0.00 GiB" in said.err
+
+
+def test_the_command_writes_one_token(folder, capsys):
+    assert main(["generate", str(folder), "Hello", "--max-new-tokens", "1"]) == 0
+    assert len(capsys.readouterr().out) == len("Hello") + 2
 
 
 def test_the_command_writes_a_batch(folder, capsys):

@@ -406,3 +406,184 @@ def test_rows_that_cannot_be_divided():
             assert q.data.sharding.spec == P("a", None) and q.scale.sharding.spec == P("a", None)
         """
     )
+
+
+# --- Other ways to come there ---------------------------------------------------------------------
+
+
+@KINDS
+def test_vmap(kind):
+    """Entries that are on different devices have scales and amaxes of their own."""
+    check(
+        """
+x = rng.standard_normal((4, 16, 256)).astype(np.float32)
+x *= np.array([1, 30, 0.02, 5], np.float32)[:, None, None]
+weights = rng.standard_normal((4, 256)).astype(np.float32)
+
+def amaxes(x):
+    return jax_fp8.cast_transpose(x, return_amax=True)
+
+def norm(x, weight):
+    # Of the kernel: XLA's own values may be off by an ulp where it compiles another program.
+    return jax_fp8.rms_norm_quantize(x, weight, granularity="row", implementation="kernel")
+
+functions = (
+    (jax.vmap(jax_fp8.quantize), ()),
+    (jax.vmap(amaxes), ()),
+    (jax.vmap(norm), (weights,)),
+    (jax.vmap(norm, (0, None)), (weights[0],)),
+)
+for function, others in functions:
+    want = jax.tree.map(np.asarray, jax.jit(function)(x, *others))
+    for spec in (P("a"), P(None, "b"), P("a", "b")):
+        with jax.set_mesh(mesh):
+            rest = [put(other, mesh, *spec[:1]) if other.ndim > 1 else other for other in others]
+            got = jax.jit(function)(put(x, mesh, *spec), *rest)
+            ref.assert_same_trees(got, want)
+""",
+        kind,
+    )
+
+
+@KINDS
+def test_vmap_of_delayed_scaling(kind):
+    check(
+        """
+x = rng.standard_normal((4, 16, 64)).astype(np.float32)
+x *= np.array([1, 30, 0.02, 5], np.float32)[:, None, None]
+w = rng.standard_normal((64, 32)).astype(np.float32)
+state = jax_fp8.init_scaling("delayed", weight=w)
+
+def one(x, w):
+    dims = (((1,), (0,)), ((), ()))
+    return jax_fp8.dot_general(x, w, dims, recipe="delayed", state=state)[1].activation
+
+want = np.asarray(jax.vmap(one, (0, None))(x, w))
+with jax.set_mesh(mesh):
+    state = jax.tree.map(lambda leaf: put(leaf, mesh), state)
+    got = jax.jit(jax.vmap(one, (0, None)))(put(x, mesh, "a"), put(w, mesh))
+np.testing.assert_array_equal(got, want)
+""",
+        kind,
+    )
+
+
+@KINDS
+def test_operands_that_lie_on_no_mesh(kind):
+    check(
+        """
+x = rng.standard_normal((16, 512)).astype(np.float32)
+w = rng.standard_normal((512, 64)).astype(np.float32)
+functions = (
+    lambda x, w: jax_fp8.quantize(x),
+    lambda x, w: jax_fp8.swiglu_quantize(x, granularity="row"),
+    lambda x, w: jax_fp8.cast_transpose(x, granularity=(1, 128)),
+    lambda x, w: jax_fp8.dot_general(x, w, (((1,), (0,)), ((), ())), recipe="rowwise"),
+)
+wants = [jax.tree.map(np.asarray, function(x, w)) for function in functions]
+with jax.set_mesh(mesh):
+    for function, want in zip(functions, wants):
+        ref.assert_same_trees(jax.jit(function)(x, w), want)
+        ref.assert_same_trees(function(x, w), want)
+""",
+        kind,
+    )
+
+
+def test_an_explicit_mesh_that_is_not_set():
+    """The mesh is in the operands' types."""
+    check(
+        """
+x = rng.standard_normal((8, 16, 256)).astype(np.float32)
+w = rng.standard_normal((256, 64)).astype(np.float32)
+wq = jax_fp8.quantize(w.T, granularity="row")
+
+t = rng.standard_normal((8, 16, 64)).astype(np.float32)
+
+def both(x, w):
+    dims = (((2,), (0,)), ((), ()))
+    y = jax_fp8.dot_general(x, w, dims, recipe="rowwise")
+    return y * jax_fp8.matmul(x, wq, recipe="rowwise")
+
+def gradients(x, w, t):
+    return jax.vjp(both, x, w)[1](t)
+
+want = jax.tree.map(np.asarray, gradients(x, w, t))
+wq = jax.tree.map(lambda leaf: put(leaf, mesh), wq)
+got = gradients(put(x, mesh, "a"), put(w, mesh), put(t, mesh, "a"))
+for one, other in zip(got, want):
+    np.testing.assert_allclose(one, other, rtol=0, atol=2e-6 * np.abs(other).max())
+""",
+        "Explicit",
+    )
+
+
+@KINDS
+@pytest.mark.parametrize("recipe", ["weight_only", "wide"])
+def test_gradients_of_wide_products(kind, recipe):
+    check(
+        f"""
+x = rng.standard_normal((8, 16, 256)).astype(jnp.bfloat16)
+w = rng.standard_normal((256, 64)).astype(jnp.bfloat16)
+
+def loss(x, w):
+    y = jax_fp8.dot_general(x, w, (((2,), (0,)), ((), ())), recipe={recipe!r})
+    return (y.astype(jnp.float32) ** 2).sum()
+
+step = jax.grad(loss, (0, 1))
+want = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), jax.jit(step)(x, w))
+for of_w in (P(), P(None, "b"), P("a")):
+    with jax.set_mesh(mesh):
+        got = jax.jit(step)(put(x, mesh, "a"), put(w, mesh, *of_w))
+        for one, other in zip(got, want):
+            one = np.asarray(one, np.float32)
+            # A sum over devices is of parts that are rounded to 8 bits.
+            np.testing.assert_allclose(one, other, rtol=0, atol=2.0**-7 * np.abs(other).max())
+""",
+        kind,
+    )
+
+
+def test_partly_manual_regions():
+    """Manual over one axis: the values are right, and scales are of the part at hand."""
+    check(
+        """
+x = rng.standard_normal((16, 256)).astype(np.float32)
+w = rng.standard_normal((256, 64)).astype(np.float32)
+
+def multiply(x, w):
+    return jax_fp8.dot_general(x, w, (((1,), (0,)), ((), ())), recipe="rowwise")
+
+want = np.asarray(multiply(x, w))
+for check_vma in (True, False):
+    divided = jax.shard_map(
+        multiply, mesh=mesh, in_specs=(P("a"), P()), out_specs=P("a"), axis_names={"a"},
+        check_vma=check_vma,
+    )
+    with jax.set_mesh(mesh):
+        got = jax.jit(divided)(put(x, mesh, "a"), put(w, mesh, None, "b"))
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
+""",
+        "Auto",
+    )
+
+
+def test_naive_loops_over_entries():
+    check(
+        """
+x = scaled(ref.random_codes(rng, (4, 8, 64), ref.E4M3), np.float32(0.1), "tensor")
+x = scaled(x.data, np.full((4, 1, 1), 0.1, np.float32), "tensor")
+w = operand(rng, (16, 64), granularity="row")
+bias = rng.standard_normal((4, 16)).astype(np.float32)
+
+def multiply(x, bias):
+    return jax_fp8.scaled_matmul(x, w, bias=bias, implementation="naive")
+
+want = np.asarray(jax.vmap(multiply)(x, bias))
+with jax.set_mesh(mesh):
+    w = jax.tree.map(lambda leaf: put(leaf, mesh), w)
+    placed = jax.tree.map(lambda leaf: put(leaf, mesh, "a"), (x, bias))
+    ref.assert_same_bits(jax.jit(jax.vmap(multiply))(*placed), want)
+""",
+        "Explicit",
+    )

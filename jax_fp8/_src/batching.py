@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_fp8._src.definition import CallConfig, finish
+from jax_fp8._src.placement import whole_along
 from jax_fp8._src.scaled_array import FP8_DTYPES, Granularity
 
 #: Of ``"small_m"``, whatever the device.
@@ -55,7 +56,7 @@ def batch_product(
 def _loop(
     run: Callable[..., Any], in_batched: Sequence[bool], operands: Sequence[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    own = {i: array for i, array in enumerate(operands) if in_batched[i]}
+    own = {i: whole_along(array, 0) for i, array in enumerate(operands) if in_batched[i]}
 
     def one(entry: dict[int, jax.Array]) -> Any:
         return run(*(entry.get(i, array) for i, array in enumerate(operands)))

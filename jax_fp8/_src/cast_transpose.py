@@ -163,10 +163,11 @@ def _local(
     config: CastTransposeConfig, x: jax.Array, scale: jax.Array, key: jax.Array, *, axes: Axes
 ) -> Any:
     """Runs on the operands of one device, whatever mesh they came from."""
-    everywhere = axes_of(tuple(axes), axes)
-    if config.stochastic and everywhere:
-        # Each part has bits of its own, and so not those that the whole would have.
-        key = _fold_in(key, lax.axis_index(everywhere))
+    entries = [f"d{i}" for i in range(config.batch_dims)]
+    within = axes_of([factor for factor in axes if factor not in entries], axes)
+    if config.stochastic and within:
+        # Each part of an entry has bits of its own, and so not those that the whole would have.
+        key = _fold_in(key, lax.axis_index(within))
     if not config.static:
         across = {name: axes_of(_shared(config, name, x.ndim), axes) for name in config.layouts}
         if any(across.values()):
@@ -178,8 +179,8 @@ def _local(
             results = _run(static, x, scale, key)
             return (*results, amax) if config.amax else results
     results = _run(config, x, scale, key)
-    if config.amax and everywhere:
-        results = (*results[:-1], all_max(results[-1], everywhere))
+    if config.amax and within:
+        results = (*results[:-1], all_max(results[-1], within))
     return results
 
 

@@ -229,7 +229,9 @@ def _rule(config: FusedConfig, *operands: jax.Array) -> Rule:
     if config.producer != "gelu":
         rule = rule.without(name_of(rule.operands[0][-1]))
     of_x = rule.operands[0]
-    of_weight = (*of_x[: config.batch_dims], None) if config.batched_weight else (None,)
+    # A placeholder of the bias gets the batch axes of the weight.
+    entries = of_x[: config.batch_dims] if config.batched_weight else ()
+    of_weight = (*entries, None)
     data, scale, _ = rule.results
     return dataclasses.replace(
         rule,
@@ -237,7 +239,7 @@ def _rule(config: FusedConfig, *operands: jax.Array) -> Rule:
             of_x,
             of_x if config.residual else (),
             of_weight if config.norm else (),
-            of_weight if config.producer == "layer_norm" else (),
+            of_weight if config.producer == "layer_norm" else entries,
             scale if config.static else (),
         ),
         results=(data, scale, of_x) if config.residual else (data, scale),

@@ -178,7 +178,7 @@ def partition(local: Callable[..., Any], rule: Callable[..., Rule]) -> Callable[
         explicit = next((m for m in meshes if AxisType.Explicit in m.axis_types), None)
         if explicit is not None:
             return _explicit(explicit, local, rule(*operands), operands)
-        if any(t.manual_axis_type.varying for t in types):
+        if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
             return local(*operands, axes={})
         return _auto(local, rule(*operands), operands)
 
@@ -211,6 +211,11 @@ def _auto(local: Callable[..., Any], rule: Rule, operands: tuple[Any, ...]) -> A
 
     def divide(mesh: Any, arguments: Any, results: Any) -> Any:
         leaves, tree = jax.tree.flatten(results)
+        if mesh.empty:  # No operand lies on a mesh.
+            lie = [leaf.sharding for leaf in (*arguments, *leaves)]
+            count = len(arguments)
+            whole = functools.partial(local, axes={})
+            return mesh, whole, jax.tree.unflatten(tree, lie[count:]), tuple(lie[:count])
         specs = [leaf.sharding.spec for leaf in (*arguments, *leaves)]
         axes = rule.axes(mesh.shape, specs)
         placed = [

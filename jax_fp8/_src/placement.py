@@ -26,6 +26,15 @@ def placed(x: jax.Array, where: NamedSharding | None) -> jax.Array:
     return x if jax.typeof(x).sharding == where else jax.sharding.reshard(x, where)
 
 
+def whole_along(x: jax.Array, axis: int) -> jax.Array:
+    """An array with none of that axis divided, on an explicit mesh."""
+    where = placement(x)
+    if where is None or where.spec[axis] is None:
+        return x
+    spec = [None if i == axis else entry for i, entry in enumerate(where.spec)]
+    return placed(x, NamedSharding(where.mesh, PartitionSpec(*spec)))
+
+
 def placement_of_product(
     lhs: Any, rhs: Any, contract: Sequence[Sequence[int]], batch: Sequence[Sequence[int]]
 ) -> NamedSharding | None:
@@ -66,7 +75,7 @@ def reshape(x: jax.Array, shape: tuple[int, ...], spec: Any = None) -> jax.Array
         return x.reshape(shape)
     if spec is None:
         spec = _spec_of_reshaped(x.shape, where.spec, shape, where.mesh.shape)
-    return jax.lax.reshape(x, shape, out_sharding=spec)
+    return jax.lax.reshape(x, shape, out_sharding=NamedSharding(where.mesh, spec))
 
 
 def _spec_of_reshaped(

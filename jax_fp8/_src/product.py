@@ -384,10 +384,12 @@ def _multiply_wide(
         a, b = lax.optimization_barrier((a.astype(common), b.astype(common)))
     # XLA on a GPU multiplies float32 values in fewer digits where the result has fewer.
     summed = jnp.promote_types(common, dtype)
+    batch = ((0,), (0,))
     y = lax.dot_general(
         *(a.astype(common), b.astype(common)),
-        (contract, ((0,), (0,))),
+        (contract, batch),
         precision=precision,
         preferred_element_type=summed,
+        out_sharding=placement_of_product(a, b, contract, batch),
     )
     return y.astype(dtype)

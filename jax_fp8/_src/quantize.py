@@ -191,7 +191,7 @@ def quantize_rule(config: QuantizeConfig, x: Any, scale: Any) -> Rule:
                 in_units(dimensions, axis, block, sizes, units)
                 of_scale[axis] = name_of(dimensions[axis])
     data, scales = tuple(dimensions), tuple(of_scale)
-    given = scales if config.static else ()
+    given = scales if config.static else data[: config.batch_dims]
     return Rule((data, given), (data, scales, scales), sizes, units)
 
 

@@ -83,9 +83,12 @@ class Step:
 
 
 def _attention(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
-    # cuDNN takes heads of 16 bits, in multiples of 8, up to 128 wide.
+    # cuDNN takes heads of 16 bits, in multiples of 8, up to 128 wide, from Ampere on.
     fits = q.dtype != jnp.float32 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    on_gpu = jax.default_backend() == "gpu"
+    device = getattr(jax.config, "jax_default_device", None)
+    if not isinstance(device, jax.Device):
+        device = jax.devices(device)[0]
+    on_gpu = float(getattr(device, "compute_capability", 0.0)) >= 8.0
     return jax.nn.dot_product_attention(
         q,
         k.astype(q.dtype),

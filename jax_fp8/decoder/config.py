@@ -13,9 +13,24 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 #: What a config.json leaves out, by family: the defaults under which its checkpoints were saved.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"sliding_window": 4096, "max_window_layers": 28},
-    "qwen3": {"sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
+    "mistral": {
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "max_position_embeddings": 131072,
+    },
+    "qwen2": {
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "max_position_embeddings": 32768,
+    },
+    "qwen3": {
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "max_position_embeddings": 32768,
+    },
 }
 
 
@@ -72,7 +87,9 @@ def read_config(given: Mapping[str, Any]) -> DecoderConfig:
     family = given.get("model_type")
     if family not in FAMILIES:
         raise NotImplementedError(f"config.json: model_type {family!r}; accepted are {FAMILIES}")
-    fields = _Fields({**_DEFAULTS[family], **{k: v for k, v in given.items() if v is not None}})
+    # Null is no default: it says that a field is as if it were not there.
+    left_out = {name: value for name, value in _DEFAULTS[family].items() if name not in given}
+    fields = _Fields(left_out | {name: v for name, v in given.items() if v is not None})
     if (activation := fields.get("hidden_act", "silu")) != "silu":
         raise NotImplementedError(f"config.json: hidden_act {activation!r}; accepted is 'silu'")
     if fields.get("partial_rotary_factor", 1.0) != 1.0:
@@ -87,8 +104,7 @@ def read_config(given: Mapping[str, Any]) -> DecoderConfig:
         )
     layers = fields.count("num_hidden_layers")
     max_length = fields.count("max_position_embeddings", 2048)
-    # Null is a statement here, so it is read from what was given and not from the defaults.
-    window = given.get("sliding_window", _DEFAULTS[family].get("sliding_window"))
+    window = fields.get("sliding_window")
     own_bias = fields.flag("attention_bias")
     return DecoderConfig(
         vocab_size=fields.count("vocab_size"),

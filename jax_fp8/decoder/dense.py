@@ -71,7 +71,7 @@ class Dense(nnx.Module):
         operand, bound = self.activation.operand, self.activation.bound
         if self.scale is None or operand is None or self._is_few(x):
             return None
-        if bound is not None or operand.power_of_two:
+        if bound is not None or (operand.power_of_two and self.input_scale is None):
             return None  # Which only this product's own quantization can do.
         scale = None if self.input_scale is None else self.input_scale[...]
         return {"dtype": operand.dtype, "granularity": operand.granularity, "scale": scale}
@@ -137,7 +137,7 @@ def fuse(parts: Sequence[Dense]) -> Dense | Parallel:
     scales of the input the largest is taken.
     """
     first = parts[0]
-    kinds = {(p.activation, p.scale is None, p.input_scale is None) for p in parts}
+    kinds = {(p.activation, p.weight[...].dtype, p.input_scale is None) for p in parts}
     biases = [part.bias for part in parts]
     if len(kinds) > 1 or any(bias is None for bias in biases) != all(b is None for b in biases):
         return Parallel(parts)
@@ -146,10 +146,10 @@ def fuse(parts: Sequence[Dense]) -> Dense | Parallel:
     else:
         granularities = {part.granularity for part in parts}
         rows = [part.values.shape[0] for part in parts]
-        if isinstance(first.granularity, tuple) and (
-            len(granularities) > 1 or any(size % first.granularity[0] for size in rows[:-1])
-        ):
-            return Parallel(parts)  # A block would hold rows of two.
+        blocks = [g for g in granularities if isinstance(g, tuple)]
+        # A block would hold rows of two, or have a scale of another kind beside it.
+        if blocks and (len(granularities) > 1 or any(n % blocks[0][0] for n in rows[:-1])):
+            return Parallel(parts)
         weight = concatenate([part.values for part in parts])
     bias = None if first.bias is None else jnp.concatenate([bias[...] for bias in biases])
     scales = [part.input_scale[...] for part in parts if part.input_scale is not None]

@@ -37,11 +37,11 @@ class Generator:
         sampling: Sampling | None = None,
         seed: int = 0,
     ) -> None:
-        if positions > model.config.max_length:
-            raise ValueError(
-                f"Generator: the model is made for {model.config.max_length} positions, got"
-                f" {positions}"
-            )
+        most = model.config.max_length
+        if model.config.rope.kind == "dynamic":  # Which stretches what the model was made for.
+            most = int(most * model.config.rope.factor)
+        if positions > most:
+            raise ValueError(f"Generator: the model is made for {most} positions, got {positions}")
         self.config, self.positions, self.dtype = model.config, positions, model.dtype
         how = sampling or Sampling()
         graph, self._state = nnx.split(model)

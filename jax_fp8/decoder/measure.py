@@ -55,7 +55,8 @@ def weight_bytes(model: Decoder) -> int:
 
 def warm_up(generator: Generator, prompts: Sequence[Sequence[int]]) -> None:
     """Compiles both programs, and lets the products choose their algorithms."""
-    for _ in generator.stream(prompts, 2, eos=()):
+    room = generator.positions - max(map(len, prompts))
+    for _ in generator.stream(prompts, min(2, room), eos=()):
         pass
 
 

@@ -135,7 +135,7 @@ class Decoder(nnx.Module):
     def hidden(self, tokens: jax.Array, cache: Cache, at: Any) -> tuple[jax.Array, Cache]:
         """What the head reads, ``(B, T, width)``, for the tokens ``(B, T)`` after those cached."""
         x, delta = self.embedding[...][tokens], None
-        rotation = self.config.rope.rotation(at.positions, self.config.head_dim)
+        rotation = self.config.rope.rotation(at.positions, self.config.head_dim, at.after)
         keys, values = [], []
         for block, k, v in zip(self.blocks, cache.keys, cache.values, strict=True):
             x, delta, k, v = block(x, delta, rotation, k, v, at)

@@ -73,9 +73,15 @@ class Rope:
         kept = 1 - np.clip(ramp, 0.0, 1.0)
         return (plain * (kept + (1 - kept) / self.factor)).astype(np.float32)
 
-    def rotation(self, positions: jax.Array, dim: int) -> tuple[jax.Array, jax.Array]:
-        """Cosines and sines, float32 ``(..., T, 1, dim / 2)``, of positions ``(..., T)``."""
-        frequencies = self.inverse_frequencies(dim, jnp.max(positions) + 1)
+    def rotation(
+        self, positions: jax.Array, dim: int, lengths: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Cosines and sines, float32 ``(..., T, 1, dim / 2)``, of positions ``(..., T)``.
+
+        ``lengths`` are those of the texts so far, of which the longest tells how far "dynamic"
+        stretches them all.
+        """
+        frequencies = self.inverse_frequencies(dim, jnp.max(lengths))
         angles = positions[..., None, None].astype(jnp.float32) * frequencies
         return self.attention_factor * jnp.cos(angles), self.attention_factor * jnp.sin(angles)
 

@@ -48,7 +48,7 @@ def score(model: Decoder, tokens: Sequence[int], *, window: int = 512) -> Score:
     for row, length in zip(*_windows(tokens, window), strict=True):
         if length < 2:  # What is left over at the end.
             continue
-        loss, predicted = run(model, row[None], jnp.array([length]))
+        loss, predicted = run(model, row[None], jnp.array([length], jnp.int32))
         losses.append(np.asarray(loss)[0, : length - 1])
         predictions.append(np.asarray(predicted)[0, : length - 1])
     if not losses:
@@ -113,7 +113,7 @@ def calibrate(
         rows = tqdm(rows, desc="calibrating", unit="window")
     for row, length in zip(rows, lengths, strict=True):
         # Only what is there: padding is no part of the text.
-        run(model, row[None, :length], jnp.array([length]))
+        run(model, row[None, :length], jnp.array([length], jnp.int32))
     found = {}
     for dense in layers:
         found.update(dict.fromkeys(dense.names, float(dense.amax[...])))
