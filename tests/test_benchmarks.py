@@ -31,6 +31,8 @@ from benchmarks import (
     weight_only,
 )
 
+pytestmark = pytest.mark.slow
+
 PNG = b"\x89PNG\r\n\x1a\n"
 BENCHMARKS = registry.benchmarks()
 

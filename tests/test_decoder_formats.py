@@ -16,6 +16,8 @@ from safetensors.numpy import save_file
 
 from jax_fp8 import decoder
 
+pytestmark = pytest.mark.slow
+
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 TEXTS = tokens_of((2, 24))
 

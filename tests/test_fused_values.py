@@ -9,6 +9,8 @@ from cases import on_gpu, pair_id, sample
 
 import jax_fp8
 
+pytestmark = pytest.mark.values
+
 PRODUCERS = ("rms_norm", "layer_norm", "swiglu", "gelu")
 NORMS = PRODUCERS[:2]
 GRANULARITIES = ("tensor", "row", (1, 128))

@@ -9,6 +9,7 @@ from cases import run_script
 EIGHT = {
     "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
     "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # They take longer than they save here.
 }
 
 PREAMBLE = """

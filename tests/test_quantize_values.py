@@ -11,6 +11,8 @@ from cases import on_gpu, pair_id, sample, scaled
 
 import jax_fp8
 
+pytestmark = pytest.mark.values
+
 SPECIAL = [np.nan, np.inf, -np.inf]
 
 

@@ -10,6 +10,8 @@ from jax.lax import Precision
 
 import jax_fp8
 
+pytestmark = pytest.mark.values
+
 outputs = pytest.mark.parametrize("out", [*ref.WIDE, *ref.FP8], ids=pair_id)
 fp8_outputs = pytest.mark.parametrize("out", ref.FP8, ids=pair_id)
 activations = pytest.mark.parametrize("activation", [None, "relu", "gelu"], ids=str)

@@ -12,6 +12,8 @@ from jax.lax import Precision
 
 import jax_fp8
 
+pytestmark = pytest.mark.values
+
 PRECISE = {"preferred_element_type": jnp.float32, "precision": Precision.HIGHEST}
 precisions = pytest.mark.parametrize(
     "precision", [None, Precision.HIGHEST], ids=["fast", "precise"]
