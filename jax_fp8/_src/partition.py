@@ -174,7 +174,8 @@ def partition(local: Callable[..., Any], rule: Callable[..., Rule]) -> Callable[
     def wrapped(*operands: Any) -> Any:
         operands = vary_alike(operands)
         types = [jax.typeof(operand) for operand in operands]
-        meshes = [t.sharding.mesh for t in types]
+        # The mesh that is set, where no operand lies on one.
+        meshes = [*(t.sharding.mesh for t in types), jax.sharding.get_abstract_mesh()]
         explicit = next((m for m in meshes if AxisType.Explicit in m.axis_types), None)
         if explicit is not None:
             return _explicit(explicit, local, rule(*operands), operands)
