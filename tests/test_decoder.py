@@ -315,6 +315,10 @@ def test_static_scales_from_a_calibration(tmp_path):
     assert found["model.layers.0.self_attn.q_proj"] == pytest.approx(amax, rel=1e-5)
     with pytest.raises(ValueError, match="the text is empty"):
         decoder.calibrate(folder, "")
+    weights["model.embed_tokens.weight"][ids[3]] = np.nan
+    broken = cases.write(tmp_path / "broken", weights=weights)
+    with pytest.raises(ValueError, match=r"the input of .* is not finite"):
+        decoder.calibrate(broken, text, dtype=jnp.float32, window=32)
 
 
 def test_scores(tmp_path):

@@ -82,7 +82,9 @@ class Dense(nnx.Module):
         bias = None if self.bias is None else self.bias[...]
         weight = self.values
         if self.amax is not None:
-            self.amax[...] = jnp.maximum(self.amax[...], jnp.max(jnp.abs(x)).astype(jnp.float32))
+            # A maximum may lose a NaN.
+            amax = jnp.where(jnp.isfinite(x).all(), jnp.max(jnp.abs(x)), jnp.inf)
+            self.amax[...] = jnp.maximum(self.amax[...], amax.astype(jnp.float32))
         if self.scale is None:
             return _wide_product(x, weight, bias)
         if not isinstance(x, jax_fp8.ScaledArray):
