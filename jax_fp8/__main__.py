@@ -24,7 +24,14 @@ COMMANDS = {
     ),
 }
 #: What is the user's to mend, and says how: no traceback.
-ERRORS = (FloatingPointError, NotImplementedError, OSError, TypeError, ValueError)
+ERRORS = (
+    FloatingPointError,
+    ImportError,
+    NotImplementedError,
+    OSError,
+    TypeError,
+    ValueError,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except ERRORS as error:
-        print(f"jax-fp8 {arguments.command}: {error}", file=sys.stderr)
+        message = str(error).removeprefix(f"{arguments.command}: ")
+        print(f"jax-fp8 {arguments.command}: {message}", file=sys.stderr)
         return 1
 
 

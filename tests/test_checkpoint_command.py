@@ -1,4 +1,3 @@
-import argparse
 import sys
 import types
 
@@ -10,7 +9,7 @@ pytest.importorskip("safetensors")
 
 from checkpoint_write_cases import AMAX, read, tensors, write_source
 
-from jax_fp8._src.checkpoint import command
+from jax_fp8.__main__ import main
 
 
 @pytest.fixture
@@ -22,9 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:quantize.*transformers")
 
 
 def command_line(*arguments):
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.run(parser.parse_args([str(argument) for argument in arguments]))
+    return main(["quantize", *map(str, arguments)])
 
 
 @pytest.fixture
