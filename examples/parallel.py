@@ -8,11 +8,13 @@ Runs unchanged on one GPU, on several, and on several hosts:
 
 The gate and up projections are divided by columns and the down projection by rows, so that one sum
 over devices is all that an MLP costs in communication. With --fsdp the weights are divided over the
-data axis too, and gathered for each product: in FP8. Shows the time, the memory of a device, what
-its program moves between devices, and how far FP8 is from bf16.
+data axis too, and gathered for each product: in FP8. With --serve the weights are in FP8 from the
+start, else they are quantized in the step. Shows the time, the memory of a device, what its program
+moves between devices, and how far FP8 is from bf16.
 """
 
 import argparse
+import functools
 import re
 import statistics
 import time
@@ -26,7 +28,7 @@ import jax_fp8
 
 #: Width of the stream, of the inside of the MLP, and rows for each data part.
 SIZES = {"70b": (8192, 28672, 4096), "8b": (4096, 14336, 4096), "tiny": (256, 512, 64)}
-ROUNDS = 5
+ROUNDS, CALLS = 5, 10
 COLLECTIVES = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
 
 
@@ -34,6 +36,8 @@ def mlp(weights, x, recipe):
     """``down(silu(gate(x)) * up(x))``; x (rows, width), weights (in, out) as Flax keeps them."""
 
     def dense(x, w):
+        if isinstance(w, jax_fp8.ScaledArray):
+            return jax_fp8.matmul(x, w, recipe=recipe)
         return jax_fp8.dot_general(x, w, (((1,), (0,)), ((), ())), recipe=recipe)
 
     hidden = jax.nn.silu(dense(x, weights["gate"])) * dense(x, weights["up"])
@@ -45,6 +49,12 @@ def gradients(weights, x, recipe):
     return jax.grad(lambda w: (mlp(w, x, recipe).astype(jnp.float32) ** 2).mean())(weights)
 
 
+def operations(size, rows):
+    """Of the three products."""
+    width, hidden, _ = SIZES[size]
+    return 6 * rows * width * hidden
+
+
 def specs(fsdp):
     """How the weights lie."""
     data = "data" if fsdp else None
@@ -52,11 +62,17 @@ def specs(fsdp):
     return {"gate": columns, "up": columns, "down": rows}
 
 
-def make(mesh, width, hidden, rows, fsdp):
-    """Weights and activations, each device's part made where it is."""
+def placed(mesh, fsdp):
+    """Name -> how that weight, and its gradient, lies."""
+    return {name: NamedSharding(mesh, spec) for name, spec in specs(fsdp).items()}
+
+
+def make(mesh, size, fsdp=False, rows=None):
+    """Weights and activations of a size, each device's part made where it is; rows are of all."""
+    width, hidden, each = SIZES[size]
     shapes = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
-    lie = {name: NamedSharding(mesh, spec) for name, spec in specs(fsdp).items()}
     keys = dict(zip(shapes, jax.random.split(jax.random.key(0), 3), strict=True))
+    rows = rows or each * mesh.shape["data"]
 
     def weights():
         return {
@@ -65,12 +81,17 @@ def make(mesh, width, hidden, rows, fsdp):
         }
 
     def activations():
-        return jax.random.normal(
-            jax.random.key(1), (rows * mesh.shape["data"], width), jnp.bfloat16
-        )
+        return jax.random.normal(jax.random.key(1), (rows, width), jnp.bfloat16)
 
     x = jax.jit(activations, out_shardings=NamedSharding(mesh, PartitionSpec("data")))()
-    return jax.jit(weights, out_shardings=lie)(), x
+    return jax.jit(weights, out_shardings=placed(mesh, fsdp))(), x
+
+
+@functools.partial(jax.jit, static_argnames="recipe")
+def narrow(weights, recipe):
+    """The weights in FP8, (out, in), divided as they are."""
+    granularity = jax_fp8.named_recipe(recipe).weight.granularity
+    return {name: jax_fp8.quantize(w.T, granularity=granularity) for name, w in weights.items()}
 
 
 def moved(text):
@@ -90,17 +111,18 @@ def moved(text):
     return found
 
 
-def measure(function, *operands):
+def measure(function, *operands, out_shardings=None):
     """(milliseconds, what it moves, MB of a device, the result)."""
-    compiled = jax.jit(function).lower(*operands).compile()
+    jitted = jax.jit(function, out_shardings=out_shardings)
+    compiled = jitted.lower(*operands).compile()
     result = jax.block_until_ready(compiled(*operands))
     times = []
     for _ in range(ROUNDS):
         start = time.perf_counter()
-        for _ in range(4):
+        for _ in range(CALLS):
             result = compiled(*operands)
         jax.block_until_ready(result)
-        times.append((time.perf_counter() - start) / 4)
+        times.append((time.perf_counter() - start) / CALLS)
     memory = compiled.memory_analysis()
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
     return 1e3 * statistics.median(times), moved(compiled.as_text()), 1e-6 * used, result
@@ -113,6 +135,7 @@ def main(argv=None):
     add("--model", type=int, help="devices that share a model; all of them")
     add("--recipe", default="rowwise")
     add("--train", action="store_true", help="the gradients of the weights instead of the values")
+    add("--serve", action="store_true", help="weights that are in FP8 already")
     add("--fsdp", action="store_true", help="divide the weights over the data axis too")
     add("--coordinator", metavar="HOST:PORT")
     add("--processes", type=int)
@@ -124,21 +147,27 @@ def main(argv=None):
     model = arguments.model or count
     if count % model:
         parser.error(f"--model {model} does not divide the {count} devices")
+    if arguments.serve and arguments.train:
+        parser.error("weights that are in FP8 are not trained")
     on_gpu = jax.default_backend() == "gpu"
-    width, hidden, rows = SIZES[arguments.size or ("70b" if on_gpu else "tiny")]
+    size = arguments.size or ("70b" if on_gpu else "tiny")
     mesh = jax.make_mesh(
         (count // model, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2
     )
-    weights, x = make(mesh, width, hidden, rows, arguments.fsdp)
+    weights, x = make(mesh, size, arguments.fsdp)
     step = gradients if arguments.train else mlp
-    flop = (18 if arguments.train else 6) * x.shape[0] * width * hidden
+    flop = (3 if arguments.train else 1) * operations(size, x.shape[0])
     reported, reference = {}, None
     for recipe in ("wide", arguments.recipe):
+        if arguments.serve and recipe != "wide":
+            weights = narrow(weights, recipe)
         ms, traffic, used, result = measure(
-            lambda weights, x, recipe=recipe: step(weights, x, recipe), weights, x
+            lambda weights, x, recipe=recipe: step(weights, x, recipe),
+            *(weights, x),
+            out_shardings=placed(mesh, arguments.fsdp) if arguments.train else None,
         )
         reference = result if reference is None else reference
-        error = max(jax.tree.leaves(jax.tree.map(_distance, result, reference)))
+        error = max(jax.tree.leaves(jax.tree.map(distance, result, reference)))
         name = "bf16" if recipe == "wide" else recipe
         reported[name] = {"ms": ms, "moved": traffic, "mb": used, "error": float(error)}
         if jax.process_index() == 0:
@@ -151,7 +180,7 @@ def main(argv=None):
 
 
 @jax.jit
-def _distance(one, other):
+def distance(one, other):
     """RMS of the difference over RMS."""
     one, other = one.astype(jnp.float32), other.astype(jnp.float32)
     return jnp.linalg.norm(one - other) / jnp.linalg.norm(other)

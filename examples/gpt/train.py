@@ -162,13 +162,19 @@ class Run:
         self._calibrate, self._evaluate = self._calibration(), self._evaluation()
 
     def _on_all(self, tree: Any) -> Any:
-        """Puts arrays on every device, or says in a program that they are."""
+        """Puts arrays on every device."""
         return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec()))
+
+    def _stays_on_all(self, tree: Any) -> Any:
+        """Says in a program that arrays are on every device."""
+        return lax.with_sharding_constraint(tree, NamedSharding(self._mesh, PartitionSpec()))
 
     def _windows(self, corpus: jax.Array, starts: jax.Array) -> jax.Array:
         """The batch, of which each device has its part."""
         tokens = windows(corpus, starts, self.training.config.length)
-        return jax.device_put(tokens, NamedSharding(self._mesh, PartitionSpec("data")))
+        # Not device_put, which inside of a program leaves the layout to XLA.
+        divided = NamedSharding(self._mesh, PartitionSpec("data"))
+        return lax.with_sharding_constraint(tokens, divided)
 
     def _compiled_step(self) -> Any:
         step_of = functools.partial(peer.train_step, loss_of)
@@ -178,7 +184,7 @@ class Run:
         def step(state: Any, corpus: jax.Array, starts: jax.Array, i: jax.Array) -> Any:
             model, optimizer = nnx.merge(self._graph, state)
             loss = step_of(model, optimizer, self._windows(corpus, starts[i]))
-            return self._on_all((nnx.state((model, optimizer)), loss))
+            return self._stays_on_all((nnx.state((model, optimizer)), loss))
 
         lowered = step.lower(self._state, self._corpus, self._starts, jnp.int32(0))
         return lowered.compile(self.training.compiler)
@@ -188,7 +194,7 @@ class Run:
         def calibrate(state: Any, corpus: jax.Array, starts: jax.Array) -> Any:
             model, optimizer = nnx.merge(self._graph, state)
             jax_fp8.nnx.calibrate(model, [self._windows(corpus, starts)[:, :-1]])
-            return self._on_all(nnx.state((model, optimizer)))
+            return self._stays_on_all(nnx.state((model, optimizer)))
 
         return calibrate
 
@@ -197,7 +203,7 @@ class Run:
         def evaluate(state: Any, corpus: jax.Array, starts: jax.Array) -> jax.Array:
             model, _ = nnx.merge(self._graph, state)
             model.eval()  # Delayed scales are taken as they are.
-            return self._on_all(loss_of(model, self._windows(corpus, starts)))
+            return self._stays_on_all(loss_of(model, self._windows(corpus, starts)))
 
         return evaluate
 
@@ -231,12 +237,23 @@ class Run:
         """The median over all but the first steps, in which kernels are chosen and loaded."""
         return 1e3 * statistics.median(self.seconds[1:] or self.seconds)
 
+    @property
+    def text(self) -> str:
+        """Of the compiled step."""
+        return str(self._step.as_text())
+
+    @property
+    def megabytes(self) -> float:
+        """That a device needs for a step, the state included."""
+        memory = self._step.memory_analysis()
+        return 1e-6 * (memory.argument_size_in_bytes + memory.temp_size_in_bytes)
+
     def facts(self) -> Row:
         """Of the compiled step."""
         memory = self._step.memory_analysis()
         return {
             "parameters": self.parameters,
-            "multiplied": hlo.products(self._step.as_text()),
+            "multiplied": hlo.products(self.text),
             "temporary_bytes": getattr(memory, "temp_size_in_bytes", None),
             "compile_s": round(self.compile_s, 1),
         }

@@ -69,7 +69,7 @@ def _fold(x: ScaledArray, batch: tuple[int, ...]) -> _Folded:
     inner = leading[len(batch) :]
     rows = math.prod(inner)
     scale, granularity = x.scale, x.granularity
-    if granularity == "tensor" and scale.size > 1:
+    if granularity == "tensor" and scale.size != 1:
         if all(size == 1 for size in scale.shape[len(batch) :]):
             # Stacked arrays, each with one scale.
             scale = jnp.broadcast_to(scale, (*batch, *(1,) * (len(inner) + 1)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Mapping
@@ -219,8 +220,9 @@ class Random:
         return _normal(key, shape, self.dtype, deviation)
 
 
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
 def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any, deviation: float) -> jax.Array:
-    return jax.jit(lambda key: deviation * jax.random.normal(key, shape, dtype))(key)
+    return (deviation * jax.random.normal(key, shape)).astype(dtype)
 
 
 _dequantize = jax.jit(jax_fp8.dequantize, static_argnums=1)
