@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks import dense_layers, gpt, peers, tables, training
+from benchmarks import dense_layers, gpt, parallel, peers, tables, training
 
 Row = dict[str, Any]
 Problems = dict[tuple[Any, ...], tables.Group]
@@ -225,6 +225,33 @@ def _decoder(problems: Problems) -> Iterator[Verdict]:
         yield Verdict(f"{said}, weights over bf16's", share, 0.57)
 
 
+def _parallel(problems: Problems) -> Iterator[Verdict]:
+    def pair(part: str, variant: str) -> tuple[Row, Row]:
+        """On one GPU, and on the most there are."""
+        found = {
+            key[3]: g[variant] for key, g in problems.items() if key[0] == part and variant in g
+        }
+        return found.get(1, {}), found.get(max(found, default=1), {})
+
+    for variant in ("rowwise", "rowwise, FP8 weights"):
+        one, two = pair("MLP, tensor parallel", variant)
+        what = f"MLP 70b over 2 GPUs, {variant}, over one"
+        yield Verdict(what, parallel.speedup(one, two), 1.7, at_most=False)
+        # bf16 results, of sums in another order.
+        yield Verdict(f"MLP 70b over 2 GPUs, {variant}, off", two.get("off"), 5e-3)
+    one, two = pair("GPT, data parallel", "rowwise")
+    what = "GPT wide, rowwise, tokens a second of 2 GPUs over one's"
+    yield Verdict(what, parallel.speedup(one, two), 1.85, at_most=False)
+    gathered = []
+    for variant in ("rowwise", "bf16"):
+        _, two = pair("MLP, gradients, FSDP", variant)
+        moved = two.get("moved") or {}
+        gathered.append(sum(mb for what, mb in moved.items() if what.startswith("all-gather")))
+    share = gathered[0] / gathered[1] if all(gathered) else None
+    # FP8 over bf16, with a scale a row.
+    yield Verdict("MLP, FSDP, bytes gathered over bf16's", share, 0.51)
+
+
 CHECKS: dict[str, Callable[[Problems], Iterator[Verdict]]] = {
     "gemm": _gemm,
     "quantize": _quantize,
@@ -237,6 +264,7 @@ CHECKS: dict[str, Callable[[Problems], Iterator[Verdict]]] = {
     "training": _training,
     "gpt": _gpt,
     "decoder": _decoder,
+    "parallel": _parallel,
 }
 
 

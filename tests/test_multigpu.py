@@ -1,9 +1,14 @@
 """Two GPUs of one host, from one process."""
 
+import re
+
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import references as ref
 from cases import codes
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_fp8
 
@@ -25,3 +30,87 @@ def test_equal_gpus_agree(rng):
         for result, device in zip(results, devices, strict=True):
             assert result.data.devices() == {device}
         ref.assert_same_trees(*results)
+
+
+# --- Meshes ---------------------------------------------------------------------------------------
+
+#: What moves between GPUs, by name and dtype, in a compiled program.
+COLLECTIVES = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
+DIMENSIONS = (((1,), (0,)), ((), ()))
+
+
+def moves(text):
+    found = {}
+    for line in text.splitlines():
+        match = re.search(rf" = (.*?) ({COLLECTIVES})(-start)?\(", line)
+        if match:
+            dtypes = set(re.findall(r"(\w+)\[", match.group(1)))
+            found.setdefault(match.group(2), set()).update(dtypes)
+    return found
+
+
+def put(mesh, array, *spec):
+    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def mesh(request):
+    return jax.make_mesh((2,), ("a",), (request.param,), devices=jax.devices()[:2])
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("granularity", ["tensor", "row", (1, 128), (128, 128)])
+@pytest.mark.parametrize("spec", [("a",), (None, "a")], ids=["rows", "columns"])
+def test_quantize_over_gpus(mesh, rng, spec, granularity):
+    """Bitwise one GPU's, whichever GPU has the largest value."""
+    x = rng.standard_normal((512, 1024)).astype(np.float32)
+    x[3, 900] = 77.0
+
+    def quantize(x):
+        return jax_fp8.quantize(x, granularity=granularity)
+
+    want = jax.tree.map(np.asarray, jax.jit(quantize)(jax.device_put(x, jax.devices()[0])))
+    with jax.set_mesh(mesh):
+        operand = put(mesh, x, *spec)
+        compiled = jax.jit(quantize).lower(operand).compile()
+        ref.assert_same_trees(compiled(operand), want)
+    assert not set(moves(compiled.as_text())) - {"all-reduce"}
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "blockwise"])
+@pytest.mark.parametrize(
+    "lies",
+    [(("a",), ()), (("a",), ("a",)), ((), (None, "a")), ((None, "a"), ("a",))],
+    ids=["data", "fsdp", "columns", "rows"],
+)
+def test_products_and_gradients_over_gpus(mesh, rng, lies, recipe):
+    """Those of one GPU but for the order of sums, and no wide operand moves."""
+    x, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((512, 1024), (1024, 512)))
+    x, w = x.astype(jnp.bfloat16), (w / 32).astype(jnp.bfloat16)
+
+    def step(x, w):
+        def loss(x, w):
+            y = jax_fp8.dot_general(
+                x, w, DIMENSIONS, recipe=recipe, preferred_element_type=jnp.float32
+            )
+            return (y * jnp.cos(y)).sum(), y
+
+        return jax.grad(loss, (0, 1), has_aux=True)(x, w)
+
+    want = jax.jit(step)(*jax.device_put((x, w), jax.devices()[0]))
+    with jax.set_mesh(mesh):
+        operands = put(mesh, x, *lies[0]), put(mesh, w, *lies[1])
+        compiled = jax.jit(step).lower(*operands).compile()
+        got = compiled(*operands)
+    for ours, theirs in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        ours, theirs = (np.asarray(a).astype(np.float32) for a in (ours, theirs))
+        # A sum in another order may round an FP8 gradient the other way, by a quarter of it.
+        error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+        assert error < 5e-3, error
+    found = moves(compiled.as_text())
+    assert not set(found) - {"all-gather", "all-reduce", "reduce-scatter"}, found
+    # What is gathered are FP8 values and their scales.
+    assert not found.get("all-gather", set()) - {"f8e4m3fn", "f8e5m2", "u8", "f32"}, found
+    if lies == (("a",), ("a",)) and recipe != "blockwise":
+        assert "f8e4m3fn" in found["all-gather"] or "u8" in found["all-gather"], found
