@@ -82,14 +82,18 @@ xffi::Error make(const Operands& in, Results out, const Attributes& attributes, 
                       *out.transposed_scale, q, &q->transposed, &q->transposed_scale);
   if (error.failure()) return error;
   if (q->data_type == Type::kF32) return invalid(kName, ": no layout is asked for");
-  const Shape whole = {entries, 1, 1};
-  const bool is_tensor = attributes.block_rows == 0, is_static = dims(in.given) == whole;
+  const Shape whole = {entries, 1, 1}, lines = {shape[0] * (shape[1] + shape[2])};
+  const bool is_tensor = attributes.block_rows == 0;
+  const bool is_static = is_tensor && dims(in.given) == whole;
+  const bool is_known =
+      attributes.block_rows == 1 && attributes.block_cols == 0 && dims(in.given) == lines;
   if (!is_f32(in.given) ||
-      !(is_static ? is_tensor && !attributes.power_of_two : is_absent(in.given))) {
+      !(is_static ? !attributes.power_of_two : is_known || is_absent(in.given))) {
     return invalid(kName, ": a static scale must be float32", show(whole),
-                   ", with a scale for the tensor that need not be a power of two, got ",
-                   describe(in.given), " and block (", attributes.block_rows, ", ",
-                   attributes.block_cols, ")");
+                   ", with a scale for the tensor that need not be a power of two, and amaxes that"
+                   " are known float32",
+                   show(lines), ", with row scales, got ", describe(in.given), " and block (",
+                   attributes.block_rows, ", ", attributes.block_cols, ")");
   }
   const bool has_amax = dims(*out.amax) == whole;
   if (!is_f32(*out.amax) ||
@@ -111,6 +115,7 @@ xffi::Error make(const Operands& in, Results out, const Attributes& attributes, 
   q->power_of_two = attributes.power_of_two;
   q->x = in.x.untyped_data();
   q->given = is_static ? static_cast<const float*>(in.given.untyped_data()) : nullptr;
+  q->known = is_known ? static_cast<const uint32_t*>(in.given.untyped_data()) : nullptr;
   q->keys = has_keys ? static_cast<const uint32_t*>(in.keys.untyped_data()) : nullptr;
   q->amax = has_amax ? static_cast<float*>(out.amax->untyped_data()) : nullptr;
   q->scratch = static_cast<uint32_t*>(out.scratch->untyped_data());
@@ -171,6 +176,50 @@ xffi::Error cuda(cudaStream_t stream, int32_t ordinal, xffi::AnyBuffer x, xffi::
   });
 }
 
+// --- Amaxes alone --------------------------------------------------------------------------------
+
+constexpr char kAmaxesName[] = "jax_fp8_line_amaxes";
+
+xffi::Error make_amaxes(const xffi::AnyBuffer& x, Result amaxes, CastTranspose* q) {
+  const Shape shape = dims(x);
+  if (!to_type(x.element_type(), &q->x_type) || is_fp8(q->x_type) || shape.size() != 3) {
+    return invalid(kAmaxesName,
+                   ": x must be (batch, rows, columns) of float32, bfloat16 or float16, got ",
+                   describe(x));
+  }
+  q->batch = shape[0], q->rows = shape[1], q->cols = shape[2];
+  q->entries = q->batch;
+  q->block_rows = 1;
+  const Shape want = {scratch_words(*q)};
+  if (!is_f32(*amaxes) || dims(*amaxes) != want) {
+    return invalid(kAmaxesName, ": the amaxes of ", describe(x), " are float32", show(want),
+                   ", got ", describe(*amaxes));
+  }
+  q->x = x.untyped_data();
+  q->scratch = static_cast<uint32_t*>(amaxes->untyped_data());
+  return xffi::Error::Success();
+}
+
+xffi::Error amaxes_cpu(xffi::AnyBuffer x, Result amaxes) {
+  return guarded(kAmaxesName, [&] {
+    CastTranspose q{};
+    const xffi::Error error = make_amaxes(x, amaxes, &q);
+    if (error.success()) line_amaxes_host(q);
+    return error;
+  });
+}
+
+xffi::Error amaxes_cuda(cudaStream_t stream, int32_t ordinal, xffi::AnyBuffer x, Result amaxes) {
+  return guarded(kAmaxesName, [&] {
+    CastTranspose q{};
+    const xffi::Error error = make_amaxes(x, amaxes, &q);
+    if (error.failure()) return error;
+    const ScopedDevice device(ordinal);
+    if (device.error() != cudaSuccess) return from_cuda(kAmaxesName, device.error());
+    return from_cuda(kAmaxesName, line_amaxes_device(q, stream));
+  });
+}
+
 template <typename Binding>
 auto bind_buffers(Binding binding) {
   return std::move(binding)
@@ -218,6 +267,7 @@ void cast_layout(const CastTranspose& q, bool transposed, uint8_t* data, float* 
         for_all([&](int64_t, int64_t, int64_t source) {
           bits = std::max(bits, float_bits(load_as_float(q.x, q.x_type, source)) & 0x7fffffffu);
         });
+        if (q.known != nullptr) bits = q.known[(transposed ? q.batch * q.rows : 0) + index];
         const float amax = bits_float(bits);
         const float scale =
             q.given != nullptr ? q.given[group] : dynamic_scale(amax, q.data_type, q.power_of_two);
@@ -247,6 +297,19 @@ void cast_layout(const CastTranspose& q, bool transposed, uint8_t* data, float* 
 
 }  // namespace
 
+void line_amaxes_host(const CastTranspose& q) {
+  const ScopedSubnormals subnormals;
+  uint32_t* const columns = q.scratch + q.batch * q.rows;
+  std::fill(q.scratch, columns + q.batch * q.cols, 0u);
+  for (int64_t place = 0; place < q.batch * q.rows * q.cols; ++place) {
+    const uint32_t bits = float_bits(load_as_float(q.x, q.x_type, place)) & 0x7fffffffu;
+    const int64_t row = place / q.cols, matrix = row / q.rows;
+    for (uint32_t* total : {q.scratch + row, columns + matrix * q.cols + place % q.cols}) {
+      *total = std::max(*total, bits);
+    }
+  }
+}
+
 void cast_transpose_host(const CastTranspose& q) {
   const ScopedSubnormals subnormals;
   if (q.straight_scale != nullptr) cast_layout(q, false, q.straight, q.straight_scale);
@@ -260,11 +323,25 @@ XLA_FFI_DEFINE_HANDLER(cast_transpose_cuda, cuda,
                                         .Ctx<xffi::DeviceOrdinal>()),
                        {xffi::Traits::kCmdBufferCompatible});
 
+XLA_FFI_DEFINE_HANDLER(line_amaxes_cpu, amaxes_cpu,
+                       xffi::Ffi::Bind().Arg<xffi::AnyBuffer>().Ret<xffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER(line_amaxes_cuda, amaxes_cuda,
+                       xffi::Ffi::Bind()
+                           .Ctx<xffi::PlatformStream<cudaStream_t>>()
+                           .Ctx<xffi::DeviceOrdinal>()
+                           .Arg<xffi::AnyBuffer>()
+                           .Ret<xffi::AnyBuffer>(),
+                       {xffi::Traits::kCmdBufferCompatible});
+
 Stages cast_transpose_cpu_stages() {
   return {{"execute", reinterpret_cast<void*>(cast_transpose_cpu)}};
 }
 Stages cast_transpose_cuda_stages() {
   return {{"execute", reinterpret_cast<void*>(cast_transpose_cuda)}};
+}
+Stages line_amaxes_cpu_stages() { return {{"execute", reinterpret_cast<void*>(line_amaxes_cpu)}}; }
+Stages line_amaxes_cuda_stages() {
+  return {{"execute", reinterpret_cast<void*>(line_amaxes_cuda)}};
 }
 
 }  // namespace jax_fp8

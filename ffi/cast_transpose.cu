@@ -34,17 +34,24 @@ cudaError_t cast_transpose_device(const CastTranspose& q, cudaStream_t stream) {
     const cudaError_t error = quantize_layout(q, false, stream);
     return error == cudaSuccess ? quantize_layout(q, true, stream) : error;
   }
-  if (q.transposed == nullptr && q.keys == nullptr) return quantize_layout(q, false, stream);
+  if (q.transposed == nullptr && q.keys == nullptr && q.known == nullptr) {
+    return quantize_layout(q, false, stream);
+  }
   int parts = 0;
   cudaError_t error = cudaSuccess;
   if (q.block_rows == 0 && q.given == nullptr) {
     error = tensor_amaxes(q, &parts, stream);
   } else if (q.block_rows == 0 && q.amax != nullptr) {
     error = cudaMemsetAsync(q.amax, 0, q.entries * sizeof(float), stream);
-  } else if (q.block_rows == 1 && q.block_cols == 0) {
-    error = row_and_column_amaxes(q, stream);
+  } else if (has_row_scales(q) && q.known == nullptr) {
+    error = row_and_column_amaxes(q, q.straight_scale != nullptr, q.transposed_scale != nullptr,
+                                  stream);
   }
   return error == cudaSuccess ? cast_tiles(q, parts, stream) : error;
+}
+
+cudaError_t line_amaxes_device(const CastTranspose& q, cudaStream_t stream) {
+  return scratch_words(q) == 0 ? cudaSuccess : row_and_column_amaxes(q, true, true, stream);
 }
 
 }  // namespace jax_fp8

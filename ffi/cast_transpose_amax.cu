@@ -59,7 +59,8 @@ constexpr int kTileRows = 128, kRowsAWarp = kTileRows / kWarps;
 // lane those of its columns.
 template <Type in, int width>
 __global__ void __launch_bounds__(kThreads)
-    row_and_column_kernel(CastTranspose q, uint32_t tile_rows, uint32_t tile_cols) {
+    row_and_column_kernel(CastTranspose q, bool wants_rows, bool wants_columns, uint32_t tile_rows,
+                          uint32_t tile_cols) {
   using P = Pack<in, width>;
   constexpr int kWords = sizeof(P::words) / 4;
   constexpr int kPerWord = width == 1 ? 1 : width / kWords;
@@ -98,10 +99,10 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
-  if (q.straight_scale != nullptr && lane < kRowsAWarp && lane < rows) {
+  if (wants_rows && lane < kRowsAWarp && lane < rows) {
     atomicMax(q.scratch + entry * q.rows + row + lane, own);
   }
-  if (q.transposed_scale == nullptr) return;
+  if (!wants_columns) return;
 #pragma unroll
   for (int w = 0; w < kWords; ++w) found[warp][lane][w] = columns[w];
   __syncthreads();
@@ -151,10 +152,11 @@ cudaError_t tensor_amaxes(const CastTranspose& q, int* parts, cudaStream_t strea
   });
 }
 
-cudaError_t row_and_column_amaxes(const CastTranspose& q, cudaStream_t stream) {
+cudaError_t row_and_column_amaxes(const CastTranspose& q, bool rows, bool columns,
+                                  cudaStream_t stream) {
   const cudaError_t error =
       cudaMemsetAsync(q.scratch, 0, scratch_words(q) * sizeof(uint32_t), stream);
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess || q.rows * q.cols == 0) return error;
   return with_type(q.x_type, [&](auto type) {
     constexpr Type in = decltype(type)::value;
     const auto launch = [&](auto width) {
@@ -162,7 +164,8 @@ cudaError_t row_and_column_amaxes(const CastTranspose& q, cudaStream_t stream) {
       const auto tile_rows = static_cast<uint32_t>(ceil_div(q.rows, kTileRows));
       const auto tile_cols = static_cast<uint32_t>(ceil_div(q.cols, 32 * kWidth));
       const auto blocks = static_cast<unsigned>(q.batch * tile_rows * tile_cols);
-      row_and_column_kernel<in, kWidth><<<blocks, kThreads, 0, stream>>>(q, tile_rows, tile_cols);
+      row_and_column_kernel<in, kWidth>
+          <<<blocks, kThreads, 0, stream>>>(q, rows, columns, tile_rows, tile_cols);
       return cudaGetLastError();
     };
     constexpr int width = 16 / sizeof(typename Native<in>::type);

@@ -8,8 +8,9 @@ namespace jax_fp8 {
 
 // Finds the amax of each entry in `parts` parts, kMaxParts apart in the scratch.
 cudaError_t tensor_amaxes(const CastTranspose& q, int* parts, cudaStream_t stream);
-// Finds the amaxes of rows and columns, of those that have scales to be written.
-cudaError_t row_and_column_amaxes(const CastTranspose& q, cudaStream_t stream);
+// Finds the amaxes of rows and of columns, as they are wanted.
+cudaError_t row_and_column_amaxes(const CastTranspose& q, bool rows, bool columns,
+                                  cudaStream_t stream);
 // Casts tile by tile. `parts` as above; where it is not 0 or rows have scales, amaxes were found.
 cudaError_t cast_tiles(const CastTranspose& q, int parts, cudaStream_t stream);
 

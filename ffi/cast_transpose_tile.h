@@ -186,7 +186,8 @@ __device__ void split_inverses(const CastTranspose& q, const Walk& walk, const P
   bool writes = true;
   int64_t index = line;
   if (q.block_cols == 0) {
-    amax = q.scratch[(of_columns ? q.batch * q.rows : 0) + line];
+    const uint32_t* const amaxes = q.known != nullptr ? q.known : q.scratch;
+    amax = amaxes[(of_columns ? q.batch * q.rows : 0) + line];
     writes = (of_columns ? at.tile_row : at.tile_col) == 0;
   } else {
     const auto* found = reinterpret_cast<const Magnitude*>(memory) + i;

@@ -232,6 +232,9 @@ TENSOR = {
     "scratch": ((1024,), jnp.uint32),
 }
 STATIC = {**TENSOR, "scale": np.ones((1, 1, 1), np.float32)}
+#: Of the 6 rows, and then of the 32 columns.
+AMAXES = np.arange(1, 39, dtype=np.float32)
+KNOWN = {"scale": AMAXES, "scratch": ((0,), jnp.uint32)}
 
 
 def test_calls_that_fit_run(handlers):
@@ -242,6 +245,45 @@ def test_calls_that_fit_run(handlers):
         assert (np.asarray(array).astype(np.float32) == 448).all()
     assert float(call(**TENSOR)[4][0, 0, 0]) == 1
     assert float(call(**STATIC)[0][0, 0, 0]) == 1
+
+
+def test_amaxes_that_are_known(handlers):
+    straight, transposed, straight_scale, transposed_scale, *_ = call(**KNOWN)
+    want = AMAXES / np.float32(448)
+    for data, scale, part in (
+        (straight, straight_scale, want[:6]),
+        (transposed, transposed_scale, want[6:]),
+    ):
+        assert np.array_equal(np.asarray(scale).ravel(), part)
+        codes = (1 / part).astype(E4M3).astype(np.float32).reshape(scale.shape)
+        assert (np.asarray(data).astype(np.float32) == codes).all()
+
+
+@pytest.mark.parametrize("dtype", ref.WIDE, ids=lambda dtype: np.dtype(dtype).name)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 16), (3, 300, 520), (2, 129, 33), (2, 0, 5)])
+def test_line_amaxes(handlers, rng, shape, dtype):
+    """Of rows and of columns, where NaN is the largest, and infinity next."""
+    x = rng.standard_normal(shape).astype(dtype)
+    if x.size > 1:
+        x[0, 0, 1], x[-1, -1, -1] = np.nan, -np.inf
+    found = np.asarray(ffi.line_amaxes(jnp.asarray(x)))
+    bits = np.abs(x.astype(np.float32)).view(np.uint32)
+    want = [bits.max(axis=axis, initial=0).ravel() for axis in (2, 1)]
+    assert np.array_equal(found.view(np.uint32) & 0x7FC00000, np.concatenate(want) & 0x7FC00000)
+    finite = np.isfinite(found)
+    assert np.array_equal(found[finite], np.concatenate(want).view(np.float32)[finite])
+
+
+def test_line_amaxes_refuses(handlers):
+    for x in (np.ones((3, 4), np.float32), np.ones((1, 3, 4), E4M3)):
+        result = jax.ShapeDtypeStruct((7,), jnp.float32)
+        with pytest.raises(jax.errors.JaxRuntimeError, match=r"jax_fp8_line_amaxes: x must be"):
+            jax.block_until_ready(jax.ffi.ffi_call("jax_fp8_line_amaxes", result)(jnp.asarray(x)))
+    result = jax.ShapeDtypeStruct((6,), jnp.float32)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"float32\[7\], got float32\[6\]"):
+        jax.block_until_ready(
+            jax.ffi.ffi_call("jax_fp8_line_amaxes", result)(jnp.ones((1, 3, 4), jnp.float32))
+        )
 
 
 @pytest.mark.parametrize(
@@ -263,6 +305,8 @@ def test_calls_that_fit_run(handlers):
         ({"block": (128, 0)}, r"unknown block \(128, 0\)"),
         ({"entries": 3}, r"the batch of x float32\[2,3,16\] has no 3 equal parts"),
         ({"scale": np.ones((1, 1, 1), np.float32)}, r"a static scale must be .*block \(1, 0\)"),
+        ({**KNOWN, "scale": AMAXES[1:]}, r"amaxes .* float32\[38\], with row .*got float32\[37\]"),
+        ({**KNOWN, "block": (1, 128)}, r"straight scale must|with row scales, got float32\[38\]"),
         ({**STATIC, "power_of_two": True}, "a static scale must be .*not be a power of two"),
         ({**STATIC, "scale": np.ones((2,), np.float32)}, r"static scale .*got float32\[2\]"),
         ({**TENSOR, "amax": NONE}, r"the amax must be float32\[1,1,1\] .*got float32\[0\]"),

@@ -100,6 +100,8 @@ ALL = [
     ("jax_fp8_cast_transpose", "cpu", ["execute"]),
     ("jax_fp8_fused_quantize", "CUDA", ["execute"]),
     ("jax_fp8_fused_quantize", "cpu", ["execute"]),
+    ("jax_fp8_line_amaxes", "CUDA", ["execute"]),
+    ("jax_fp8_line_amaxes", "cpu", ["execute"]),
     ("jax_fp8_quantize", "CUDA", ["execute"]),
     ("jax_fp8_quantize", "cpu", ["execute"]),
     ("jax_fp8_scaled_matmul", "CUDA", ["execute", "initialize"]),

@@ -106,9 +106,10 @@ PLACES = {
     P(None, None, "a"): (1, 1),  # Of its own.
     P(None, "a", "b"): (1, 2),
 }
-for granularity in ("tensor", "row", (1, 128), (128, 128)):
+granularities = ("tensor", "row", (1, 128), (128, 128))
+for granularity, named in (*((g, None) for g in granularities), ("row", "kernel")):
     def cast(x):
-        return jax_fp8.cast_transpose(x, granularity=granularity)
+        return jax_fp8.cast_transpose(x, granularity=granularity, implementation=named)
 
     want = jax.tree.map(np.asarray, cast(x))
     for spec, counts in PLACES.items():

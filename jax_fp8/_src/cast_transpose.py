@@ -29,7 +29,6 @@ from jax_fp8._src.quantize import (
     QuantizeConfig,
     amax_of_wide,
     over_entries,
-    quantize_local,
     reference,
     static_scale,
 )
@@ -105,9 +104,13 @@ def _reference(
 
 
 def _kernel(
-    config: CastTransposeConfig, x: jax.Array, scale: jax.Array, key: jax.Array
+    config: CastTransposeConfig,
+    x: jax.Array,
+    scale: jax.Array,
+    key: jax.Array,
+    known: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
-    """The handler, which knows (batch, rows, columns) only."""
+    """The handler, which knows (batch, rows, columns) only; ``known`` as ``ffi`` has it."""
     batch, own = x.shape[: config.batch_dims], x.shape[config.batch_dims :]
     count = math.prod(batch)
     rows, columns = own[-2:]
@@ -128,6 +131,7 @@ def _kernel(
         layouts=(config.straight, config.transposed),
         power_of_two=config.power_of_two,
         amax=config.amax,
+        known=known,
     )
     results: list[jax.Array] = []
     if config.straight:
@@ -147,7 +151,11 @@ def _kernel(
 
 
 def _xla(config: CastTransposeConfig, *operands: jax.Array) -> tuple[jax.Array, ...]:
-    x = operands[0]
+    _record(config, operands[0])
+    return _reference(config, *operands)
+
+
+def _record(config: CastTransposeConfig, x: jax.Array) -> None:
     plans.record_traced(
         "cast_transpose",
         platform="any" if config.implementation == "xla" else "cpu",
@@ -156,7 +164,6 @@ def _xla(config: CastTransposeConfig, *operands: jax.Array) -> tuple[jax.Array, 
         granularity=config.granularity,
         layouts=config.layouts,
     )
-    return _reference(config, *operands)
 
 
 def _local(
@@ -185,7 +192,12 @@ def _local(
 
 
 def _run(config: CastTransposeConfig, *operands: jax.Array) -> Any:
-    xla, kernel = functools.partial(_xla, config), functools.partial(_kernel, config)
+    return _by_platform(config, (_xla, _kernel), *operands)
+
+
+def _by_platform(config: CastTransposeConfig, pair: tuple[Any, Any], *operands: jax.Array) -> Any:
+    """Runs plain JAX or the kernel, as the configuration says or else the platform."""
+    xla, kernel = (functools.partial(function, config) for function in pair)
     if config.implementation == "xla":
         return xla(*operands)
     if config.implementation == "kernel":
@@ -196,35 +208,66 @@ def _run(config: CastTransposeConfig, *operands: jax.Array) -> Any:
 def _rows_across(
     config: CastTransposeConfig, x: jax.Array, key: jax.Array, across: dict[str, tuple[str, ...]]
 ) -> tuple[jax.Array, ...]:
-    """Row scales where one layout's rows, or both's, are spread over devices: each on its own.
+    """Row scales where one layout's rows, or both's, are spread over devices.
 
-    The kernel takes no row scales that are known, and ``quantize`` does.
+    The kernel's two reads, with the maximum over devices between them.
     """
+    amaxes = dict(zip(("straight", "transposed"), _by_platform(config, _LINES, x), strict=True))
+    wanted = [
+        all_max(amaxes[name], across[name]) if across[name] else amaxes[name]
+        for name in config.layouts
+    ]
+    return tuple(_by_platform(config, _KNOWN, x, key, *wanted))
+
+
+def _lines_xla(config: CastTransposeConfig, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The amaxes of the rows of each layout, (..., R, 1) and (..., C, 1)."""
+    amax_of = over_entries(config, amax_of_wide)
+    return amax_of(x), amax_of(x.mT)
+
+
+def _lines_kernel(config: CastTransposeConfig, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    *leading, rows, columns = x.shape
+    amaxes = ffi.line_amaxes(x.reshape(math.prod(leading), rows, columns))
+    count = math.prod(leading) * rows
+    return amaxes[:count].reshape(*leading, rows, 1), amaxes[count:].reshape(*leading, columns, 1)
+
+
+def _known_xla(
+    config: CastTransposeConfig, x: jax.Array, key: jax.Array, *amaxes: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Data and scale of each layout, given the amaxes of its rows."""
+    _record(config, x)
     results: list[jax.Array] = []
-    for name, names in across.items():
-        if not names:
-            alone = dataclasses.replace(
-                config, straight=name == "straight", transposed=name == "transposed", amax=False
-            )
-            results += _run(alone, x, jnp.zeros(x.shape[: config.batch_dims]), key)
-            continue
-        turned = x if name == "straight" else x.mT
-        amax = all_max(over_entries(config, amax_of_wide)(turned), names)
+    for name, amax in zip(config.layouts, amaxes, strict=True):
         scale = dynamic_scale(amax, config.dtype, config.power_of_two)
-        if config.stochastic:
-            data = over_entries(config, functools.partial(_stochastic, name))(turned, scale, key)
-        else:
-            data, *_ = quantize_local(config.given, turned, scale, axes={})
-        results += [data, scale]
+        cast = over_entries(config, functools.partial(_cast_known, name))
+        results += [cast(x, scale, key), scale]
     return tuple(results)
 
 
-def _stochastic(
+def _cast_known(
     name: str, config: CastTransposeConfig, x: jax.Array, scale: jax.Array, key: jax.Array
 ) -> jax.Array:
-    bits = random_bits(key, x.shape if name == "straight" else x.mT.shape)
-    bits = bits if name == "straight" else bits.mT
-    return reference(dataclasses.replace(config.given, batch_dims=0), x, scale, bits)[0]
+    bits = random_bits(key, x.shape) if config.stochastic else None
+    if name == "transposed":
+        x, bits = x.mT, None if bits is None else bits.mT
+    alone = dataclasses.replace(config.given, batch_dims=0)
+    return reference(alone, x, scale, bits)[0]
+
+
+def _known_kernel(
+    config: CastTransposeConfig, x: jax.Array, key: jax.Array, *amaxes: jax.Array
+) -> tuple[jax.Array, ...]:
+    *leading, rows, columns = x.shape
+    counts = (("straight", rows), ("transposed", columns))
+    lines = {name: jnp.zeros(math.prod(leading) * each) for name, each in counts}
+    lines |= {name: amax.reshape(-1) for name, amax in zip(config.layouts, amaxes, strict=True)}
+    return _kernel(config, x, x, key, known=jnp.concatenate(list(lines.values())))
+
+
+#: What the CPU runs, and the kernel.
+_LINES, _KNOWN = (_lines_xla, _lines_kernel), (_known_xla, _known_kernel)
 
 
 def _fold_in(key: jax.Array, index: jax.Array) -> jax.Array:

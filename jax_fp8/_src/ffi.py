@@ -154,11 +154,13 @@ def cast_transpose(
     layouts: tuple[bool, bool],
     power_of_two: bool,
     amax: bool,
+    known: jax.Array | None = None,
 ) -> Sequence[jax.Array]:
     """Calls ``jax_fp8_cast_transpose``: (B, R, C) to itself and to (B, C, R), scales and amax.
 
     Each of ``entries`` equal parts of the batch has a tensor scale and a key of its own. ``key``
-    None rounds to nearest even. What is not asked for comes back empty.
+    None rounds to nearest even. ``known`` are amaxes for row scales, as of ``line_amaxes``. What is
+    not asked for comes back empty.
     """
     register()
     batch, rows, columns = x.shape
@@ -168,7 +170,7 @@ def cast_transpose(
     scratch = 0
     if whole and scale is None:
         scratch = QUANTIZE_SCRATCH_WORDS * entries
-    elif block == (1, 0):  # An amax for each row and column.
+    elif block == (1, 0) and known is None:  # An amax for each row and column.
         scratch = batch * (rows + columns)
     results = (
         *(_result(x, shapes[i] if layouts[i] else (0,), dtype) for i in range(2)),
@@ -179,13 +181,24 @@ def cast_transpose(
     call = jax.ffi.ffi_call("jax_fp8_cast_transpose", results)
     return call(
         x,
-        jnp.zeros((0,), jnp.float32) if scale is None else scale,
+        next((a for a in (scale, known) if a is not None), jnp.zeros((0,), jnp.float32)),
         jnp.zeros((0,), jnp.uint32) if key is None else key,
         entries=np.int64(entries),
         block_rows=np.int64(block[0]),
         block_cols=np.int64(block[1]),
         power_of_two=power_of_two,
     )[:5]
+
+
+def line_amaxes(x: jax.Array) -> jax.Array:
+    """Calls ``jax_fp8_line_amaxes``: the amax of each row of (B, R, C), and then of each column.
+
+    Float32 of B R + B C, from one read.
+    """
+    register()
+    batch, rows, columns = x.shape
+    result = _result(x, (batch * (rows + columns),), jnp.float32)
+    return jax.ffi.ffi_call("jax_fp8_line_amaxes", result)(x)
 
 
 def fused_quantize(
