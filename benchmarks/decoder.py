@@ -130,10 +130,11 @@ def _timer(model: Any, phase: str, batch: int, tokens: int) -> Callable[[], floa
         # What the texts say does not change the time: a cache of zeros saves compiling a prefill.
         cache = decoder.empty_cache(model.config, batch, positions, model.dtype)
         cache = dataclasses.replace(cache, lengths=jnp.full(batch, prompt, jnp.int32))
-        token, cache = jax.block_until_ready((jnp.zeros(batch, jnp.int32), cache))
+        written = decoder.Written(jnp.zeros(batch, jnp.int32), cache, jnp.int32(1))
+        jax.block_until_ready(written)
         start = time.perf_counter()
-        for index in range(1, tokens + 1):
-            token, cache = generator.step(token, cache, index)
+        for _ in range(tokens):
+            token, written = generator.step(written)
         jax.block_until_ready(token)
         return (time.perf_counter() - start) / tokens
 

@@ -262,13 +262,15 @@ def test_a_cache_changes_nothing(family, window):
     lengths = np.array([3, 7, 1])
     generator = decoder.Generator(model, positions=16)
     whole = logits(model, texts)
-    token, cache = generator.prefill([text[:n] for text, n in zip(texts, lengths, strict=True)])
+    token, written = generator.prefill([text[:n] for text, n in zip(texts, lengths, strict=True)])
     rows = np.arange(3)
     assert np.array_equal(token, whole[rows, lengths - 1].argmax(-1))
     for step in range(1, 5):  # What follows is given, and not what was chosen.
-        token, cache = generator.step(texts[rows, lengths + step - 1], cache, step)
+        given = jnp.asarray(texts[rows, lengths + step - 1], jnp.int32)
+        token, written = generator.step(dataclasses.replace(written, token=given))
         assert np.array_equal(token, whole[rows, lengths + step - 1].argmax(-1))
-    assert cache.lengths.tolist() == (lengths + 4).tolist()
+    assert written.cache.lengths.tolist() == (lengths + 4).tolist()
+    assert int(written.count) == 5 and np.array_equal(written.token, token)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -6,7 +6,7 @@ Needs the extra ``jax-fp8[decoder]``. ``load`` reads a model from a folder of th
 
 from jax_fp8.decoder.attention import Prompt, Step
 from jax_fp8.decoder.config import DecoderConfig, read_config
-from jax_fp8.decoder.generate import Generator
+from jax_fp8.decoder.generate import Generator, Written
 from jax_fp8.decoder.load import load, random
 from jax_fp8.decoder.model import Cache, Decoder, empty_cache
 from jax_fp8.decoder.sampling import Sampling, sample
@@ -23,6 +23,7 @@ __all__ = [
     "Score",
     "Step",
     "TextStream",
+    "Written",
     "calibrate",
     "empty_cache",
     "load",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,6 +18,22 @@ from jax_fp8.decoder.sampling import Sampling, sample
 
 #: Prompts are padded to a multiple of this, so that few lengths are compiled.
 BUCKET = 64
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A batch of texts as far as they are written.
+
+    Attributes:
+      token: the last of each, int32 ``(B,)``, which is not in the cache yet.
+      cache: of those before.
+      count: how many tokens are new, int32.
+    """
+
+    token: Any
+    cache: Cache
+    count: Any
 
 
 class Generator:
@@ -47,36 +64,41 @@ class Generator:
         graph, self._state = nnx.split(model)
         self._key = jax.random.key(seed)
 
-        def choose(model: Decoder, hidden: jax.Array, key: jax.Array, index: Any) -> jax.Array:
+        def choose(
+            model: Decoder, hidden: jax.Array, cache: Cache, key: jax.Array, count: Any
+        ) -> tuple[jax.Array, Written]:
             logits = model.logits(hidden)
-            token = sample(logits, jax.random.fold_in(key, index), how)
+            token = sample(logits, jax.random.fold_in(key, count), how)
             # NaN has no most likely token: -1 says so to the host.
-            return jnp.where(jnp.isnan(logits).any(axis=-1), -1, token)
+            token = jnp.where(jnp.isnan(logits).any(axis=-1), -1, token)
+            return token, Written(token, cache, count + 1)
 
-        @functools.partial(jax.jit, donate_argnames="cache")
-        def prefill(state: Any, tokens: Any, lengths: Any, cache: Cache, key: Any) -> Any:
+        @jax.jit
+        def prefill(state: Any, tokens: Any, lengths: Any, key: Any) -> tuple[jax.Array, Written]:
             model = nnx.merge(graph, state)
+            # Here, and not before: so many arrays take the host longer than the GPU.
+            cache = empty_cache(self.config, tokens.shape[0], positions, self.dtype)
             hidden, cache = model.hidden(tokens, cache, Prompt(lengths, tokens.shape[1]))
             last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-            return choose(model, last, key, 0), cache
+            return choose(model, last, cache, key, jnp.int32(0))
 
-        @functools.partial(jax.jit, donate_argnames="cache")
-        def step(state: Any, token: Any, cache: Cache, key: Any, index: Any) -> Any:
-            model = nnx.merge(graph, state)
-            hidden, cache = model.hidden(token[:, None], cache, Step(cache.lengths))
-            return choose(model, hidden[:, 0], key, index), cache
+        # All of it is donated, so that a step finds its buffers where they were the last time.
+        @functools.partial(jax.jit, donate_argnames="written")
+        def step(state: Any, written: Written, key: Any) -> tuple[jax.Array, Written]:
+            model, cache = nnx.merge(graph, state), written.cache
+            hidden, cache = model.hidden(written.token[:, None], cache, Step(cache.lengths))
+            return choose(model, hidden[:, 0], cache, key, written.count)
 
         self._prefill, self._step = prefill, step
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[jax.Array, Cache]:
-        """The token after each prompt, int32 ``(B,)``, and the cache of the prompts."""
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[jax.Array, Written]:
+        """The token after each prompt, int32 ``(B,)``, and the texts with it."""
         tokens, lengths = self._padded(prompts)
-        cache = empty_cache(self.config, len(prompts), self.positions, self.dtype)
-        return self._prefill(self._state, tokens, lengths, cache, self._key)
+        return self._prefill(self._state, tokens, lengths, self._key)
 
-    def step(self, token: Any, cache: Cache, index: int) -> tuple[jax.Array, Cache]:
-        """The token after ``token`` in each text; ``cache`` is used up."""
-        return self._step(self._state, token, cache, self._key, index)
+    def step(self, written: Written) -> tuple[jax.Array, Written]:
+        """The next token of each text, and the texts with it; ``written`` is used up."""
+        return self._step(self._state, written, self._key)
 
     def stream(
         self, prompts: Sequence[Sequence[int]], count: int, *, eos: Sequence[int] | None = None
@@ -104,12 +126,12 @@ class Generator:
                 f" {self.positions} positions"
             )
         ends = np.asarray(self.config.eos if eos is None else eos, np.int32)
-        token, cache = self.prefill(prompts)
+        token, written = self.prefill(prompts)
         ended = np.zeros(len(prompts), bool)
         for index in range(1, count + 1):
             found = token
             if index < count:  # Under way before the host waits for this one.
-                token, cache = self.step(found, cache, index)
+                token, written = self.step(written)
             new = np.asarray(found)
             if (new[~ended] < 0).any():
                 raise FloatingPointError("Generator.stream: the logits are NaN")
