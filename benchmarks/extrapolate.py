@@ -89,16 +89,16 @@ def parts(rows: list[Row]) -> list[str]:
             us = tensor_us(one["us"], _bytes(row, "all-reduce"), HOST, rate)
             ideal = one["us"] / HOST
             add(f"MLP, tensor parallel on {HOST}", row["variant"], ideal, us, us)
-        elif row["part"].startswith("MLP, gradients") and row["devices"] > 1:
+        elif row["part"].startswith("MLPs, gradients") and row["devices"] > 1:
             one = one_device(good, row)
             if one is None:
                 continue
-            # Each device has its rows, so the compute of one device is that of its part.
-            compute = one["us"] / row["devices"]
+            # Of a layer, whose collectives are in the loop over layers. Each device has its rows.
+            compute = one["us"] / row["devices"] / row["layers"]
             gathered = _bytes(row, "all-gather")
             summed = _bytes(row, "all-reduce") or row["devices"] * _bytes(row, "reduce-scatter")
             both = hybrid_us(compute, gathered, summed, rate, NETWORK_BYTES_PER_S)
-            add(f"MLP, gradients, on {FLEET}", row["variant"], compute, *both)
+            add(f"MLPs, gradients, on {FLEET}", row["variant"], compute, *both)
         elif row["part"].startswith("GPT") and row["devices"] > 1:
             one = one_device(good, row)
             if one is None:

@@ -85,7 +85,7 @@ def _tensor(size: str, rows: int, counts: list[int]) -> Iterator[Row]:
     example = _example()
     whole: dict[str, Any] = {}
     for count in counts:
-        weights, x = example.make(_mesh(1, count), size, rows=rows)
+        weights, x = example.make(_mesh(1, count), size, rows)
         for variant in ("bf16", "rowwise", "rowwise, FP8 weights"):
             recipe = "wide" if variant == "bf16" else "rowwise"
             given = example.narrow(weights, recipe) if variant.endswith("weights") else weights
@@ -95,19 +95,20 @@ def _tensor(size: str, rows: int, counts: list[int]) -> Iterator[Row]:
 
 
 def _fsdp(size: str, each: int, count: int) -> Iterator[Row]:
-    """Gradients of the MLP's weights, which are divided as the rows are."""
+    """Gradients of the weights of MLPs in a row, which are divided as the rows are."""
     example = _example()
     rows = each * count
     whole: dict[str, Any] = {}
     for devices in sorted({1, count}):
         mesh = _mesh(devices, 1)
-        weights, x = example.make(mesh, size, fsdp=True, rows=rows)
-        lie = example.placed(mesh, True)
+        weights, x = example.make(mesh, size, rows, fsdp=True, train=True)
+        lie = example.placed(mesh, fsdp=True, train=True)
         for variant in ("bf16", "rowwise"):
             call = functools.partial(
                 example.gradients, recipe="wide" if variant == "bf16" else variant
             )
-            row = {**_key("MLP, gradients, FSDP", size, rows, devices), "variant": variant}
+            row = {**_key("MLPs, gradients, FSDP", size, rows, devices), "variant": variant}
+            row["layers"] = example.LAYERS
             yield row | _measured(example, call, (weights, x), whole, variant, out_shardings=lie)
 
 
@@ -237,7 +238,7 @@ def table(rows: list[Row]) -> str:
         "Several GPUs of one host: ms by the host's clock, how many times as fast as bf16 on as"
         " many devices, how many times the rows a second of one device, GB that the program of a"
         " device takes with its operands, the RMS distance from one device's results, and MB that"
-        " each device gets from collectives."
+        " each device gets from collectives, those of a loop over layers once."
     )
     header = ["", "rows", "GPUs", "", "ms", "of bf16", "of one", "GB", "off", "moves, MB"]
     parts = [title, tables.markdown(header, lines)]

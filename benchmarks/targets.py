@@ -244,7 +244,7 @@ def _parallel(problems: Problems) -> Iterator[Verdict]:
     yield Verdict(what, parallel.speedup(one, two), 1.85, at_most=False)
     gathered = []
     for variant in ("rowwise", "bf16"):
-        _, two = pair("MLP, gradients, FSDP", variant)
+        _, two = pair("MLPs, gradients, FSDP", variant)
         moved = two.get("moved") or {}
         gathered.append(sum(mb for what, mb in moved.items() if what.startswith("all-gather")))
     share = gathered[0] / gathered[1] if all(gathered) else None

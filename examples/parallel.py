@@ -28,6 +28,8 @@ import jax_fp8
 
 #: Width of the stream, of the inside of the MLP, and rows for each data part.
 SIZES = {"70b": (8192, 28672, 4096), "8b": (4096, 14336, 4096), "tiny": (256, 512, 64)}
+#: That are trained at once, one behind the other.
+LAYERS = 2
 ROUNDS, CALLS = 5, 10
 COLLECTIVES = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
 
@@ -45,38 +47,42 @@ def mlp(weights, x, recipe):
 
 
 def gradients(weights, x, recipe):
-    """Of a loss, in the weights."""
-    return jax.grad(lambda w: (mlp(w, x, recipe).astype(jnp.float32) ** 2).mean())(weights)
+    """Of a loss, in the weights of layers in a row, (layers, in, out)."""
+
+    def loss(weights):
+        def layer(x, weights):
+            return x + mlp(weights, x, recipe), None
+
+        return (jax.lax.scan(layer, x, weights)[0].astype(jnp.float32) ** 2).mean()
+
+    return jax.grad(loss)(weights)
 
 
-def operations(size, rows):
-    """Of the three products."""
+def operations(size, rows, train=False):
+    """Of all products, in both passes where weights are trained."""
     width, hidden, _ = SIZES[size]
-    return 6 * rows * width * hidden
+    return 6 * rows * width * hidden * (3 * LAYERS if train else 1)
 
 
-def specs(fsdp):
-    """How the weights lie."""
-    data = "data" if fsdp else None
-    columns, rows = PartitionSpec(data, "model"), PartitionSpec("model", data)
+def placed(mesh, fsdp=False, train=False):
+    """Name -> how that weight, and its gradient, lies."""
+    data, layers = "data" if fsdp else None, (None,) * train
+    columns = NamedSharding(mesh, PartitionSpec(*layers, data, "model"))
+    rows = NamedSharding(mesh, PartitionSpec(*layers, "model", data))
     return {"gate": columns, "up": columns, "down": rows}
 
 
-def placed(mesh, fsdp):
-    """Name -> how that weight, and its gradient, lies."""
-    return {name: NamedSharding(mesh, spec) for name, spec in specs(fsdp).items()}
-
-
-def make(mesh, size, fsdp=False, rows=None):
+def make(mesh, size, rows=None, **how):
     """Weights and activations of a size, each device's part made where it is; rows are of all."""
     width, hidden, each = SIZES[size]
+    layers = (LAYERS,) * how.get("train", False)
     shapes = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
     keys = dict(zip(shapes, jax.random.split(jax.random.key(0), 3), strict=True))
     rows = rows or each * mesh.shape["data"]
 
     def weights():
         return {
-            name: shape[0] ** -0.5 * jax.random.normal(keys[name], shape, jnp.bfloat16)
+            name: shape[0] ** -0.5 * jax.random.normal(keys[name], (*layers, *shape), jnp.bfloat16)
             for name, shape in shapes.items()
         }
 
@@ -84,7 +90,7 @@ def make(mesh, size, fsdp=False, rows=None):
         return jax.random.normal(jax.random.key(1), (rows, width), jnp.bfloat16)
 
     x = jax.jit(activations, out_shardings=NamedSharding(mesh, PartitionSpec("data")))()
-    return jax.jit(weights, out_shardings=placed(mesh, fsdp))(), x
+    return jax.jit(weights, out_shardings=placed(mesh, **how))(), x
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
@@ -134,7 +140,7 @@ def main(argv=None):
     add("--size", choices=SIZES, help="of the MLP; 70b on GPUs")
     add("--model", type=int, help="devices that share a model; all of them")
     add("--recipe", default="rowwise")
-    add("--train", action="store_true", help="the gradients of the weights instead of the values")
+    add("--train", action="store_true", help="the gradients of two layers' weights, not values")
     add("--serve", action="store_true", help="weights that are in FP8 already")
     add("--fsdp", action="store_true", help="divide the weights over the data axis too")
     add("--coordinator", metavar="HOST:PORT")
@@ -154,9 +160,10 @@ def main(argv=None):
     mesh = jax.make_mesh(
         (count // model, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2
     )
-    weights, x = make(mesh, size, arguments.fsdp)
+    how = {"fsdp": arguments.fsdp, "train": arguments.train}
+    weights, x = make(mesh, size, **how)
     step = gradients if arguments.train else mlp
-    flop = (3 if arguments.train else 1) * operations(size, x.shape[0])
+    flop = operations(size, x.shape[0], arguments.train)
     reported, reference = {}, None
     for recipe in ("wide", arguments.recipe):
         if arguments.serve and recipe != "wide":
@@ -164,7 +171,7 @@ def main(argv=None):
         ms, traffic, used, result = measure(
             lambda weights, x, recipe=recipe: step(weights, x, recipe),
             *(weights, x),
-            out_shardings=placed(mesh, arguments.fsdp) if arguments.train else None,
+            out_shardings=placed(mesh, **how) if arguments.train else None,
         )
         reference = result if reference is None else reference
         error = max(jax.tree.leaves(jax.tree.map(distance, result, reference)))

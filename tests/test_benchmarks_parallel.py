@@ -44,7 +44,7 @@ def test_rows():
         if row["devices"] == 2:
             assert row["off"] < 5e-3 and "all-gather f32" not in row["moved"], row
             assert row["moved"]["all-reduce f32"] == pytest.approx(1e-6 * 64 * 256 * 4)
-    wide, fp8 = (row for row in by_part["MLP, gradients, FSDP"] if row["devices"] == 2)
+    wide, fp8 = (row for row in by_part["MLPs, gradients, FSDP"] if row["devices"] == 2)
     # A CPU gathers FP8 as float16, and bf16 as float32.
     assert fp8["moved"]["all-gather f16"] < 0.7 * wide["moved"]["all-gather f32"]
     for row in by_part["GPT, data parallel"] + by_part["GPT, the same batch"]:
@@ -67,8 +67,8 @@ def made_up(two=0.5, tokens=1.9, gathered=0.5):
         add("MLP, tensor parallel", 64, 2, variant, 100.0 * two, off=1e-3, moved=moved)
     for variant, share in (("bf16", 1.0), ("rowwise", gathered)):
         moved = {"all-gather bf16": 100.0 * share, "all-reduce bf16": 80.0}
-        add("MLP, gradients, FSDP", 128, 1, variant, 100.0)
-        add("MLP, gradients, FSDP", 128, 2, variant, 60.0, moved=moved)
+        add("MLPs, gradients, FSDP", 128, 1, variant, 200.0, layers=2)
+        add("MLPs, gradients, FSDP", 128, 2, variant, 120.0, moved=moved, layers=2)
         add("GPT, data parallel", 64, 1, variant, 100.0)
         moved = {"all-reduce f32": 300.0}
         add("GPT, data parallel", 128, 2, variant, 200.0 / tokens, moved=moved)
@@ -109,7 +109,7 @@ def test_paper():
     assert hidden == f"{100 * 100 / (inside + outside):.0f} %"
     # Half a batch each; the weights' 50 MB and the gradients' 80 from 8, then 10 over 128 hosts.
     inside, outside = 0.875 * 130e6 / 300e3, 2 * 127 / 128 * 10e6 / 45e3
-    _, us, _, hidden = by_name["MLP, gradients, on 1024", "rowwise"]
+    _, us, _, hidden = by_name["MLPs, gradients, on 1024", "rowwise"]
     assert us == f"{(50 + inside + outside) / 1e3:.3g}"
     assert hidden == f"{100 * 50 / max(inside, outside, 50):.0f} %"
 

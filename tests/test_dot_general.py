@@ -87,7 +87,8 @@ def test_gradients_have_the_dtypes_of_the_operands(products, rng, recipe, dtypes
 
 
 OPTIONS = {
-    "e4m3 gradients": ("rowwise", {"gradient_dtype": ref.E4M3}),
+    "e5m2 gradients": ("rowwise", {"gradient_dtype": ref.E5M2}),
+    "e4m3 gradients, blocks": ("blockwise", {"gradient_dtype": ref.E4M3}),
     "wide wgrad": ("rowwise", {"wide_wgrad": True}),
     "powers of two": ("rowwise", {"power_of_two": True}),
     "powers of two, blocks": ("blockwise", {"power_of_two": True}),
@@ -129,6 +130,8 @@ def test_direction_of_the_gradients(rng, recipe, kind, least):
 
     x, w, dy = draw(256, 512), draw(512, 384), draw(256, 384)
     dtype = jnp.bfloat16 if recipe == "weight_only" else jnp.float32
+    if recipe != "weight_only":
+        recipe = jax_fp8.named_recipe(recipe, gradient_dtype=ref.E5M2)
     y, pull = training.value_and_pullback(x.astype(dtype), w.astype(dtype), FLAX, recipe)
     dx, dw = pull(dy.astype(y.dtype))
     assert training.cosine(dx, np.asarray(dy) @ np.asarray(w).T) >= least

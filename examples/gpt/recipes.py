@@ -17,7 +17,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # Room for what grows until the next calibration.
     "static": {"name": "static", "margin": 1},
     "weight_only": {"name": "weight_only"},
-    "rowwise_e4m3": {"name": "rowwise", "gradient_dtype": "float8_e4m3fn"},
+    "rowwise_e5m2": {"name": "rowwise", "gradient_dtype": "float8_e5m2"},
     "rowwise_wide_wgrad": {"name": "rowwise", "wide_wgrad": True},
 }
 NAMES = (BF16, *OPTIONS, FLAX)

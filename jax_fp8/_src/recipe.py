@@ -183,8 +183,10 @@ def _check_backward(name: str, what: str, pair: Any, forward: Operand | None) ->
         )
 
 
-def _one_granularity(granularity: Granularity) -> Recipe:
-    return Recipe(Operand(granularity=granularity), Operand(granularity=granularity))
+def _rowwise() -> Recipe:
+    """A row of a gradient needs no more range than E4M3 has, whose third bit its loss shows."""
+    row = Operand(granularity="row")
+    return Recipe(row, row, dgrad=(row, row), wgrad=(row, row))
 
 
 def _scaled(scaling: Literal["static", "delayed"], of_weight: Literal["dynamic", "delayed"]) -> Any:
@@ -192,8 +194,8 @@ def _scaled(scaling: Literal["static", "delayed"], of_weight: Literal["dynamic",
 
 
 RECIPES = {
-    "tensorwise": _one_granularity("tensor"),
-    "rowwise": _one_granularity("row"),
+    "tensorwise": Recipe(),
+    "rowwise": _rowwise(),
     "blockwise": Recipe(Operand(granularity=(1, BLOCK)), Operand(granularity=(BLOCK, BLOCK))),
     "static": _scaled("static", "dynamic"),
     "delayed": _scaled("delayed", "delayed"),
@@ -234,7 +236,8 @@ def named_recipe(
     Args:
       name: ``"tensorwise"``, ``"rowwise"``, ``"blockwise"``, ``"static"``, ``"delayed"``,
         ``"weight_only"`` or ``"wide"``.
-      gradient_dtype: ``float8_e5m2`` (what None means) or ``float8_e4m3fn``, of the gradients.
+      gradient_dtype: of the gradients, ``float8_e5m2`` or ``float8_e4m3fn``; None is E4M3 for
+        ``"rowwise"`` and E5M2 for the others.
       wide_wgrad: multiplies the weight gradient's operands as they are, 16 or 32 bits wide.
       power_of_two: all scales are powers of two.
       stochastic_rounding: gradients are rounded stochastically, which takes a JAX key.
@@ -246,9 +249,9 @@ def named_recipe(
       ValueError: for an unknown name, or an option that this recipe has no use for.
 
     >>> import jax.numpy as jnp, jax_fp8
-    >>> recipe = jax_fp8.named_recipe("rowwise", gradient_dtype=jnp.float8_e4m3fn)
+    >>> recipe = jax_fp8.named_recipe("rowwise", gradient_dtype=jnp.float8_e5m2)
     >>> recipe.dgrad[0].dtype.name, recipe.dgrad[0].granularity
-    ('float8_e4m3fn', 'row')
+    ('float8_e5m2', 'row')
     """
     op = "named_recipe"
     base = get_recipe(op, name)
