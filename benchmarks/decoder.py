@@ -20,6 +20,7 @@ from tqdm import tqdm
 from benchmarks import tables, targets
 
 Row = dict[str, Any]
+Timer = Callable[[], tuple[float, float]]
 
 NAME = "decoder"
 KEYS = ("model", "phase", "batch", "tokens")
@@ -63,7 +64,8 @@ def run(shapes: str = "all") -> list[Row]:
     """Times steps and prefills; ``shapes`` is a key of SHAPES.
 
     Returns:
-      A row for each problem and variant: ``us`` of a step or a prefill, ``tokens_per_s``,
+      A row for each problem and variant: ``us`` of a step or a prefill, ``host_us`` until the host
+      has dispatched it, ``tokens_per_s``,
       ``weight_bytes`` of the model, ``read_bytes`` of what a step reads of them.
     """
     from jax_fp8 import decoder
@@ -85,7 +87,7 @@ def run(shapes: str = "all") -> list[Row]:
     with tqdm(total=len(problems) * len(models), desc=NAME, unit="timing") as bar:
         for phase, batch, tokens in problems:
             key = {"model": name, "phase": phase, "batch": batch, "tokens": tokens}
-            timers: dict[str, Callable[[], float]] = {}
+            timers: dict[str, Timer] = {}
             failed: dict[str, Row] = {}
             for variant, model in models.items():
                 try:
@@ -94,7 +96,7 @@ def run(shapes: str = "all") -> list[Row]:
                 except Exception as error:
                     timers.pop(variant, None)
                     failed[variant] = tables.failure(error)
-            times: dict[str, list[float]] = {variant: [] for variant in timers}
+            times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in timers}
             for _ in range(ROUNDS):
                 for variant, timer in timers.items():
                     times[variant].append(timer())
@@ -103,16 +105,17 @@ def run(shapes: str = "all") -> list[Row]:
                 if variant in failed:
                     row |= failed[variant]
                 else:
-                    us = 1e6 * statistics.median(times[variant])
+                    both = zip(*times[variant], strict=True)
+                    us, host_us = (1e6 * statistics.median(t) for t in both)
                     each = batch * (1 if phase == "decode" else tokens)
-                    row |= {"us": us, "tokens_per_s": 1e6 * each / us}
+                    row |= {"us": us, "host_us": host_us, "tokens_per_s": 1e6 * each / us}
                 rows.append(row)
                 bar.update()
     return rows
 
 
-def _timer(model: Any, phase: str, batch: int, tokens: int) -> Callable[[], float]:
-    """Seconds of a step, the mean of so many, or of a prefill."""
+def _timer(model: Any, phase: str, batch: int, tokens: int) -> Timer:
+    """Seconds of a step, the mean of so many, or of a prefill; and what of them the host takes."""
     from jax_fp8 import decoder
 
     rng = np.random.default_rng(0)
@@ -121,12 +124,14 @@ def _timer(model: Any, phase: str, batch: int, tokens: int) -> Callable[[], floa
     generator = decoder.Generator(model, positions=positions)
     prompts = rng.integers(0, model.config.vocab_size, (batch, prompt)).tolist()
 
-    def prefill() -> float:
+    def prefill() -> tuple[float, float]:
         start = time.perf_counter()
-        jax.block_until_ready(generator.prefill(prompts))
-        return time.perf_counter() - start
+        result = generator.prefill(prompts)
+        dispatched = time.perf_counter()
+        jax.block_until_ready(result)
+        return time.perf_counter() - start, dispatched - start
 
-    def decode() -> float:
+    def decode() -> tuple[float, float]:
         # What the texts say does not change the time: a cache of zeros saves compiling a prefill.
         cache = decoder.empty_cache(model.config, batch, positions, model.dtype)
         cache = dataclasses.replace(cache, lengths=jnp.full(batch, prompt, jnp.int32))
@@ -135,8 +140,9 @@ def _timer(model: Any, phase: str, batch: int, tokens: int) -> Callable[[], floa
         start = time.perf_counter()
         for _ in range(tokens):
             token, written = generator.step(written)
+        dispatched = time.perf_counter()
         jax.block_until_ready(token)
-        return (time.perf_counter() - start) / tokens
+        return (time.perf_counter() - start) / tokens, (dispatched - start) / tokens
 
     return decode if phase == "decode" else prefill
 
@@ -159,6 +165,7 @@ def table(rows: list[Row]) -> str:
                     str(batch),
                     variant,
                     tables.number(us and us / 1e3),
+                    tables.number(row.get("host_us") and row["host_us"] / 1e3),
                     tables.number(row.get("tokens_per_s"), "{:.0f}"),
                     tables.number(other, "{:.2f}"),
                     tables.number(row["weight_bytes"] / 1e9),
@@ -168,9 +175,10 @@ def table(rows: list[Row]) -> str:
     model = next((row["model"] for row in rows), "")
     title = (
         f"{model} with random weights, head and embedding in bf16: ms of a step (a new token for"
-        " each text of the batch) or of a prefill, and the share of a step that is not reading the"
+        " each text of the batch) or of a prefill, of which the host takes so many to dispatch it,"
+        " and the share of a step that is not reading the"
         " weights at the speed of a large copy."
     )
-    header = ["", "batch", "", "ms", "tokens/s", "of bf16", "weights, GB", "not reading"]
+    header = ["", "batch", "", "ms", "host", "tokens/s", "of bf16", "weights, GB", "not reading"]
     parts = [title, tables.markdown(header, lines)]
     return tables.assemble(parts, tables.errors(rows, KEYS))
