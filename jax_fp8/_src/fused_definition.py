@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jax_fp8._src import quantize
-from jax_fp8._src.quantize import QuantizeConfig, amax_of
+from jax_fp8._src.quantize import QuantizeConfig
 from jax_fp8._src.scaled_array import BLOCK, Granularity
 
 
@@ -94,16 +94,6 @@ _PRODUCERS: dict[str, Callable[..., jax.Array]] = {
 }
 
 
-def over_entries(config: FusedConfig, function: Any, operands: Any) -> Any:
-    """``function`` of the configuration and the operands of one entry, over the batch axes."""
-    if not config.batch_dims:
-        return function(config, *operands)
-    inner = dataclasses.replace(config, batch_dims=config.batch_dims - 1)
-    own = 0 if config.batched_weight else None
-    axes = (0, 0 if config.residual else None, own, own, 0 if config.static else None)
-    return jax.vmap(lambda *entry: over_entries(inner, function, entry), in_axes=axes)(*operands)
-
-
 def _values(config: FusedConfig, *operands: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """What is quantized, in float32, and the sum with the residual where there is one."""
     x, residual, weight, bias, _ = operands
@@ -118,17 +108,13 @@ def _values(config: FusedConfig, *operands: jax.Array) -> tuple[jax.Array, tuple
     return _PRODUCERS[config.producer](wide, weight, bias, config.eps), total
 
 
-def _quantized(config: FusedConfig, *operands: jax.Array) -> tuple[jax.Array, ...]:
+def reference(config: FusedConfig, *operands: jax.Array) -> tuple[jax.Array, ...]:
+    """The definition in plain JAX: the oracle of the tests, and what the CPU runs."""
+    if config.batch_dims:
+        inner = dataclasses.replace(config, batch_dims=config.batch_dims - 1)
+        own = 0 if config.batched_weight else None
+        axes = (0, 0 if config.residual else None, own, own, 0 if config.static else None)
+        return jax.vmap(functools.partial(reference, inner), in_axes=axes)(*operands)
     values, total = _values(config, *operands)
     data, scale, _ = quantize.reference(config.quantize, values, operands[-1])
     return (data, scale, *total)
-
-
-def reference(config: FusedConfig, *operands: jax.Array) -> tuple[jax.Array, ...]:
-    """The definition in plain JAX: the oracle of the tests, and what the CPU runs."""
-    return over_entries(config, _quantized, operands)
-
-
-def amax(config: FusedConfig, *operands: jax.Array) -> jax.Array:
-    """The largest magnitude under each scale."""
-    return amax_of(_values(config, *operands)[0], config.granularity)

@@ -8,13 +8,14 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jax_fp8._src import ffi, plans
 from jax_fp8._src.fused_batching import batch_fused
-from jax_fp8._src.fused_definition import FusedConfig, amax, over_entries, reference
+from jax_fp8._src.fused_definition import FusedConfig, reference
 from jax_fp8._src.fused_rule import fused_rule
-from jax_fp8._src.numerics import dynamic_scale
+from jax_fp8._src.numerics import absolute_max
 from jax_fp8._src.partition import Axes, all_max, axes_of, partition
 from jax_fp8._src.quantize import shared_factors
 from jax_fp8._src.scaled_array import block_shape, scale_shape
@@ -64,19 +65,38 @@ def _xla(config: FusedConfig, *operands: jax.Array) -> tuple[jax.Array, ...]:
     return reference(config, *operands)
 
 
-def _local(config: FusedConfig, *operands: jax.Array, axes: Axes) -> Any:
-    """Runs on the operands of one device, whatever mesh they came from."""
-    across = axes_of(shared_factors(config, operands[0].ndim), axes)
-    if across and not config.static:
-        largest = all_max(over_entries(config, amax, operands), across)
-        operands = (*operands[:-1], dynamic_scale(largest, config.dtype))
-        config = dataclasses.replace(config, static=True)
+def _run(config: FusedConfig, *operands: jax.Array) -> tuple[jax.Array, ...]:
     xla, kernel = functools.partial(_xla, config), functools.partial(_kernel, config)
     if config.implementation == "xla":
         return xla(*operands)
     if config.implementation == "kernel":
         return kernel(*operands)
     return lax.platform_dependent(*operands, cpu=xla, cuda=kernel)
+
+
+def _local(config: FusedConfig, *operands: jax.Array, axes: Axes) -> Any:
+    """Runs on the operands of one device, whatever mesh they came from."""
+    across = axes_of(shared_factors(config, operands[0].ndim), axes)
+    if not across or config.static:
+        return _run(config, *operands)
+    # The scale is that of the values of whatever runs, as on one device: another program's would
+    # be off by an ulp here and there. So it is made of the scales that the rows get by themselves.
+    x, residual, *rest, _ = operands
+    data, scale, *total = _run(dataclasses.replace(config, granularity="row"), *operands)
+    static = dataclasses.replace(config, static=True, residual=False)
+    given = _largest_scale(config, data, scale, across)
+    return (*_run(static, *total or (x,), residual, *rest, given), *total)
+
+
+def _largest_scale(
+    config: FusedConfig, data: jax.Array, scale: jax.Array, across: tuple[str, ...]
+) -> jax.Array:
+    """The scale of all, from each row's own: the largest, but that an amax of 0 has the scale 1."""
+    is_zero = (scale == 1) & (data.astype(jnp.float32) == 0).all(axis=-1, keepdims=True)
+    own = tuple(range(config.batch_dims, scale.ndim)) if config.granularity == "tensor" else -1
+    scale = absolute_max(jnp.where(is_zero, 0.0, scale), axis=own, keepdims=True)
+    scale = all_max(scale, across)
+    return jnp.where(scale == 0, 1.0, scale)
 
 
 @functools.cache
