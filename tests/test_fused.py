@@ -10,7 +10,7 @@ import references as ref
 from cases import pair_id, sample
 
 import jax_fp8
-from jax_fp8._src import fused
+from jax_fp8._src import ffi
 
 GRANULARITIES = ("tensor", "row", (1, 128))
 granularities = pytest.mark.parametrize("granularity", GRANULARITIES, ids=pair_id)
@@ -290,7 +290,7 @@ def call_handler(x=(2, 3, 8), residual=None, weight=(1, 8), bias=None, given=Non
         return None if shape is None else jnp.ones(shape)
 
     made = tuple(map(make, (x, residual, weight, bias, given)))
-    return jax.block_until_ready(fused.ffi.fused_quantize(made, **{**GOOD, **changed}))
+    return jax.block_until_ready(ffi.fused_quantize(made, **{**GOOD, **changed}))
 
 
 def test_the_handler_takes_what_the_tests_below_change(handlers):

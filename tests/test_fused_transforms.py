@@ -1,4 +1,4 @@
-"""The fused producers on meshes of eight pretended devices, and inside of captured graphs."""
+"""The fused producers inside of shard_map, on eight pretended devices, and of captured graphs."""
 
 import json
 import pathlib
@@ -23,38 +23,6 @@ def functions(implementation, granularity):
 x = rng.standard_normal((16, 64)).astype(np.float32)
 w = rng.standard_normal(64).astype(np.float32)
 """
-
-
-@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
-def test_a_mesh_gives_right_values(axis_type):
-    """Sharded along rows and columns: the values of one device, with no more than one amax of all.
-
-    A tensor's amax comes from XLA's own values there, which are off by a few ulps of float32: so
-    may be the scale, and a code where a value lies in the middle between two.
-    """
-    run(
-        FUNCTIONS
-        + f"""
-mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.{axis_type},) * 2)
-jax.set_mesh(mesh)
-for granularity in ("tensor", "row"):
-    for index, function in enumerate(functions("kernel", granularity)):
-        with jax.set_mesh(jax.make_mesh((1,), ("one",), axis_types=(AxisType.Auto,))):
-            want = jax.tree.map(np.asarray, function(x, w))
-        for axes in (("a",), (None, "b"), ("a", "b")):
-            operands = put(x, mesh, *axes), put(w, mesh, *axes[1:])
-            got = jax.jit(function)(*operands)
-            if granularity == "row" and (index < 4 or axes == ("a",)):
-                ref.assert_same_trees(got, want)
-                continue
-            quantized, expected = jax.tree.leaves(got)[:2], jax.tree.leaves(want)[:2]
-            np.testing.assert_allclose(quantized[1], expected[1], rtol=2.0**-20)
-            pair = quantized[0], expected[0]
-            codes = [np.asarray(data).view(np.uint8).astype(int) for data in pair]
-            off = np.abs(codes[0] - codes[1])
-            assert off.max() <= 1 and (off != 0).mean() < 0.01
-"""
-    )
 
 
 @pytest.mark.parametrize("implementation", ["kernel", None])

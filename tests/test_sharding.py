@@ -419,28 +419,15 @@ def test_vmap(kind):
         """
 x = rng.standard_normal((4, 16, 256)).astype(np.float32)
 x *= np.array([1, 30, 0.02, 5], np.float32)[:, None, None]
-weights = rng.standard_normal((4, 256)).astype(np.float32)
 
 def amaxes(x):
     return jax_fp8.cast_transpose(x, return_amax=True)
 
-def norm(x, weight):
-    # Of the kernel: XLA's own values may be off by an ulp where it compiles another program.
-    return jax_fp8.rms_norm_quantize(x, weight, granularity="row", implementation="kernel")
-
-functions = (
-    (jax.vmap(jax_fp8.quantize), ()),
-    (jax.vmap(amaxes), ()),
-    (jax.vmap(norm), (weights,)),
-    (jax.vmap(norm, (0, None)), (weights[0],)),
-)
-for function, others in functions:
-    want = jax.tree.map(np.asarray, jax.jit(function)(x, *others))
+for function in (jax.vmap(jax_fp8.quantize), jax.vmap(amaxes)):
+    want = jax.tree.map(np.asarray, jax.jit(function)(x))
     for spec in (P("a"), P(None, "b"), P("a", "b")):
         with jax.set_mesh(mesh):
-            rest = [put(other, mesh, *spec[:1]) if other.ndim > 1 else other for other in others]
-            got = jax.jit(function)(put(x, mesh, *spec), *rest)
-            ref.assert_same_trees(got, want)
+            ref.assert_same_trees(jax.jit(function)(put(x, mesh, *spec)), want)
 """,
         kind,
     )
@@ -477,7 +464,6 @@ x = rng.standard_normal((16, 512)).astype(np.float32)
 w = rng.standard_normal((512, 64)).astype(np.float32)
 functions = (
     lambda x, w: jax_fp8.quantize(x),
-    lambda x, w: jax_fp8.swiglu_quantize(x, granularity="row"),
     lambda x, w: jax_fp8.cast_transpose(x, granularity=(1, 128)),
     lambda x, w: jax_fp8.dot_general(x, w, (((1,), (0,)), ((), ())), recipe="rowwise"),
 )

@@ -188,6 +188,13 @@ def partition(local: Callable[..., Any], rule: Callable[..., Rule]) -> Callable[
 
 def _explicit(mesh: Any, local: Callable[..., Any], rule: Rule, operands: tuple[Any, ...]) -> Any:
     types = [jax.typeof(operand) for operand in operands]
+    for t in types:
+        other = t.sharding.mesh
+        if not other.empty and other.shape_tuple != mesh.shape_tuple:
+            raise ValueError(
+                f"all operands must lie on one mesh, got {t.str_short()} on {dict(other.shape)} and"
+                f" others on {dict(mesh.shape)}"
+            )
     unknown = [PartitionSpec()] * len(rule.results)
     axes = rule.axes(mesh.shape, [*(t.sharding.spec for t in types), *unknown])
     in_specs = specs_of(rule.operands, axes)
