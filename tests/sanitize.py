@@ -18,6 +18,7 @@ import numpy as np
 import references as ref
 
 import jax_fp8
+from jax_fp8._src import ffi
 
 # Vector loads and whole tiles with edges; single elements and nothing but edges.
 QUANTIZE_SHAPES = ((2, 130, 264), (2, 3, 131))
@@ -139,6 +140,45 @@ def check_cast_transpose(granularity):
             ref.assert_same_bits(layout.scale, want)
         if amax:
             ref.assert_same_bits(amax[0], ref.amax(x, granularity))
+    return len(variants)
+
+
+def check_known_amaxes():
+    """Row scales in two calls, as where rows are spread over devices."""
+    variants = list(itertools.product(CAST_SHAPES, ref.WIDE))
+    xs = [rng.standard_normal(shape).astype(wide) for shape, wide in variants]
+
+    @jax.jit
+    def run(xs):
+        found = []
+        for x in xs:
+            shape = (1,) * (3 - x.ndim) + x.shape
+            batch, rows, columns = shape
+            x = x.reshape(shape)
+            scales = ((batch, rows, 1), (batch, columns, 1))
+            found.append(
+                ffi.cast_transpose(
+                    *(x, None, None),
+                    entries=batch,
+                    dtype=ref.E4M3,
+                    block=(1, 0),
+                    scale_shapes=scales,
+                    layouts=(True, True),
+                    power_of_two=False,
+                    amax=False,
+                    known=ffi.line_amaxes(x),
+                )
+            )
+        return found
+
+    for (straight, transposed, scale, turned_scale, _), x in zip(run(xs), xs, strict=True):
+        for data, of_data, values in (
+            (straight, scale, x),
+            (transposed, turned_scale, x.swapaxes(-1, -2)),
+        ):
+            want, want_scale = ref.quantize(values, ref.E4M3, "row")
+            ref.assert_same_bits(data.reshape(want.shape), want)
+            ref.assert_same_bits(of_data.reshape(want_scale.shape), want_scale)
     return len(variants)
 
 
@@ -338,6 +378,7 @@ def main(chosen):
         groups = [(f"quantize {g}", check_quantize, (g,)) for g in ref.GRANULARITIES]
     if not chosen or "cast_transpose" in chosen:
         groups += [(f"cast_transpose {g}", check_cast_transpose, (g,)) for g in ref.GRANULARITIES]
+        groups.append(("cast_transpose, known amaxes", check_known_amaxes, ()))
     if not chosen or "fused" in chosen:
         producers = ("rms_norm", "layer_norm", "swiglu", "gelu")
         groups += [(f"{p}_quantize", check_fused, (p,)) for p in producers]
