@@ -24,7 +24,7 @@ from jax_fp8._src.scaled_array import (
     check_scaled_array,
     describe,
 )
-from jax_fp8._src.scaled_matmul import FP8_HAS_NO_GRADIENT, multiply
+from jax_fp8._src.scaled_matmul import FP8_HAS_NO_GRADIENT, check_shapes, multiply
 
 
 def matmul(
@@ -104,6 +104,7 @@ def matmul(
     if recipe.needs_key:
         raise ValueError(f"{op}: it takes no key to round gradients with; dot_general does")
     check_scaled_array(op, "w", w)
+    batch_dims = check_shapes(op, x, w)
     operand = _activation(op, recipe, x, dtype, granularity, scale)
     if operand is not None and scale is not None:
         scale = lax.stop_gradient(static_scale(op, scale, x.shape, operand.granularity))
@@ -114,6 +115,7 @@ def matmul(
             op,
             _quantize(x, operand, scale, implementation),
             w,
+            batch_dims=batch_dims,
             bias=bias,
             activation=activation,
             preferred_element_type=out_dtype,

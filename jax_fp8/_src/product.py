@@ -363,6 +363,7 @@ def _multiply(config: ProductConfig, a: Any, b: ScaledArray, dtype: Any, precisi
         config.op,
         a,
         b,
+        batch_dims=0 if single else 1,
         bias=None,
         activation=None,
         preferred_element_type=dtype,
