@@ -12,6 +12,7 @@ from jax import lax
 
 from jax_fp8._src.axes import view_of
 from jax_fp8._src.epilogue import with_gradients
+from jax_fp8._src.layouts import keeps_rows
 from jax_fp8._src.placement import placement, reshape
 from jax_fp8._src.product import input_gradient
 from jax_fp8._src.quantize import WIDE_DTYPES, quantize, static_scale
@@ -199,10 +200,12 @@ def _input_gradient(
     """``dz @ w``, of the dtype of ``x``: a product of dot_general, whose gradients these are."""
     batch = w.ndim - 2
     view = view_of(w.ndim, (w.ndim - 1,), tuple(range(batch)))
-    parts = dz.shape[:batch], dz.shape[batch:-1], dz.shape[-1:]
-    dz3 = reshape(dz, tuple(map(math.prod, parts)))
     if operand is not None and recipe.dgrad is not None and recipe.dgrad[0] is not None:
         gradient = dataclasses.replace(recipe.dgrad[0], granularity=operand.granularity)
         recipe = dataclasses.replace(recipe, dgrad=(gradient, recipe.dgrad[1]))
-    dx = input_gradient(op, recipe, dz3, view.apply_scaled(op, "w", w), dtype, implementation)
+    rows = dz.shape[batch:-1]
+    if not keeps_rows(dataclasses.replace(recipe, wgrad=None), rows):
+        rows = (math.prod(rows),)
+    apart = reshape(dz, (math.prod(dz.shape[:batch]), *rows, dz.shape[-1]))
+    dx = input_gradient(op, recipe, apart, view.apply_scaled(op, "w", w), dtype, implementation)
     return reshape(dx, (*dz.shape[:-1], w.shape[-1]))
