@@ -247,47 +247,64 @@ for of_x, of_w, stated in (
 
 
 GRADIENTS = """
-x = rng.standard_normal((8, 64, 512)).astype(np.float32)
-w = rng.standard_normal((512, 256)).astype(np.float32)
-t = rng.standard_normal((8, 64, 256)).astype(np.float32)
+from mesh_cases import compiled, moved
 
-def loss(x, w, t):
-    y = jax_fp8.dot_general(x, w, (((2,), (0,)), ((), ())), recipe=recipe)
-    return (y * t).sum(), y
+B, S, K, N = 8, 64, 512, 256
+x = rng.standard_normal((B, S, K)).astype(np.float32)
+w = rng.standard_normal((K, N)).astype(np.float32)
+t = rng.standard_normal((B, S, N)).astype(np.float32)
 
-step = jax.value_and_grad(loss, (0, 1), has_aux=True)
-(_, y), (dx, dw) = jax.tree.map(np.asarray, jax.jit(step)(x, w, t))
-#: How x, w and the result lie -> how often FP8 data is gathered, and what is summed: the loss, and
-#: where it is a sum over devices y, dx or dw.
+def step(x, w, t):
+    def multiply(x, w):
+        return jax_fp8.dot_general(x, w, (((2,), (0,)), ((), ())), recipe=recipe)
+
+    y, pull = jax.vjp(multiply, x, w)
+    return y, *pull(t)
+
+want = jax.tree.map(np.asarray, jax.jit(step)(x, w, t))
+M = B * S
+#: How x, w and the result lie -> the maxima: with a scale for a row of so many elements, with one
+#: for a tensor so many of one; what is summed: y, dx or dw; the parts of w that are gathered, each
+#: for two products.
 PLACES = {
-    "data": (P("a"), P(), P("a"), 0, 1),
-    "fully sharded": (P("a"), P("a"), P("a"), 2, 1),
-    "columns": (P(), P(None, "b"), P(None, None, "b"), 0, 1),
-    "rows": (P(None, None, "b"), P("b"), P(), 0, 1),
-    "data and columns": (P("a"), P(None, "b"), P("a", None, "b"), 0, 2),
-    "data and rows": (P("a", None, "b"), P("b"), P("a"), 0, 2),
-    "fully sharded and columns": (P("a"), P("a", "b"), P("a", None, "b"), 2, 2),
+    "data": (P("a"), P(), P("a"), [K, N], 2, [K * N], []),
+    "fully sharded": (P("a"), P("a"), P("a"), [K, N, N], 3, [K * N], [K * N]),
+    "columns": (P(), P(None, "b"), P(None, None, "b"), [M, K], 2, [M * K], []),
+    "rows": (P(None, None, "b"), P("b"), P(), [M, N], 2, [M * N], []),
+    "data and columns": (
+        *(P("a"), P(None, "b"), P("a", None, "b")),
+        *([K, N // 4, M // 2, K], 3, [M // 2 * K, K * N // 4], []),
+    ),
+    "data and rows": (
+        *(P("a", None, "b"), P("b"), P("a")),
+        *([M // 2, K // 4, N, N], 3, [M // 2 * N, K // 4 * N], []),
+    ),
+    "fully sharded and columns": (
+        *(P("a"), P("a", "b"), P("a", None, "b")),
+        *([K, N // 4, M // 2, K // 2, N // 4], 3, [M // 2 * K, K * N // 4], [K * N // 4]),
+    ),
 }
-for name, (of_x, of_w, of_y, gathered, summed) in PLACES.items():
+for name, (of_x, of_w, of_y, rows, tensors, summed, gathered) in PLACES.items():
+    stated = {
+        "all-reduce s32": sorted(rows) if recipe == "rowwise" else [1] * tensors,
+        "all-reduce f32": sorted(summed),
+    }
+    if gathered:
+        stated["all-gather fp8"] = gathered * 2
+        # The rows of the copy for dx. On an auto mesh XLA also divides those of the copy of x, as
+        # dw is, for a moment.
+        scales = [K] * (1 + (kind == AxisType.Auto))
+        stated |= {"all-gather f32": scales} if recipe == "rowwise" else {}
     with jax.set_mesh(mesh):
         placed = put(x, mesh, *of_x), put(w, mesh, *of_w), put(t, mesh, *of_y)
         out = None
         if kind == AxisType.Auto:
-            lie = [NamedSharding(mesh, spec) for spec in (of_y, of_x, of_w)]
-            out = ((None, lie[0]), (lie[1], lie[2]))
-        placed_step = jax.jit(step, out_shardings=out)
-        found = collectives(placed_step, *placed)
-        assert found.get("all-gather fp8", 0) == gathered, (name, found)
-        # Wide values are summed, and never gathered; XLA may sum several with one collective.
-        assert 1 <= found.get("all-reduce f32", 0) <= summed + 1, (name, found)
-        wide = {k for k in found if not k.endswith((" fp8", " s32")) and k != "all-reduce f32"}
-        row_scales = {"all-gather f32"} if gathered and recipe == "rowwise" else set()
-        assert wide <= row_scales, (name, found)
-        (_, got_y), (got_dx, got_dw) = placed_step(*placed)
-        for got, want in ((got_y, y), (got_dx, dx), (got_dw, dw)):
-            np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
-        places = (got_dx, of_x), (got_dw, of_w)
-        for got, spec in places:
+            out = tuple(NamedSharding(mesh, spec) for spec in (of_y, of_x, of_w))
+        program = compiled(jax.jit(step, out_shardings=out), *placed)
+        found = moved(program)
+        assert found == stated, (name, found)
+        for got, other, spec in zip(program(*placed), want, (of_y, of_x, of_w), strict=True):
+            np.testing.assert_allclose(got, other, rtol=0, atol=2e-6 * np.abs(other).max())
             padded = (*got.sharding.spec, *(None,) * got.ndim)[: got.ndim]
             assert padded == (*spec, *(None,) * got.ndim)[: got.ndim], (name, got.sharding)
 """
@@ -303,32 +320,45 @@ def test_dot_general_and_its_gradients(kind, recipe):
 def test_matmul_and_its_gradients(kind):
     check(
         """
+from mesh_cases import compiled, moved
+
 x = rng.standard_normal((8, 16, 512)).astype(np.float32)
 wq = jax_fp8.quantize(rng.standard_normal((256, 512)).astype(np.float32), granularity="row")
 bias = rng.standard_normal(256).astype(np.float32)
 
-def loss(x, bias, w):
-    return (jax_fp8.matmul(x, w, recipe="rowwise", bias=bias, activation="gelu") ** 2).sum()
+t = rng.standard_normal((8, 16, 256)).astype(np.float32)
 
-step = jax.value_and_grad(loss, (0, 1))
-want = jax.tree.map(np.asarray, jax.jit(step)(x, bias, wq))
-#: How x, w and the bias lie -> amaxes of all devices.
+def step(x, bias, w, t):
+    def multiply(x, bias):
+        # Of relu the gradient is exact, and so quantized alike however the sums are rounded.
+        return jax_fp8.matmul(x, w, recipe="rowwise", bias=bias, activation="relu")
+
+    y, pull = jax.vjp(multiply, x, bias)
+    return y, *pull(t)
+
+want = jax.tree.map(np.asarray, jax.jit(step)(x, bias, wq, t))
+M, K, N = 8 * 16, 512, 256
+#: How x, w, the bias and the result lie -> the maxima, and what is reduced in float32: sums of the
+#: result, of dx, and of the bias along each axis by itself; the largest of the scales of w's rows.
 PLACES = (
-    (P("a"), P(), P(), 0),
-    (P("a"), P("b"), P("b"), 1),  # Of the gradient, whose rows are divided.
-    (P("a", None, "b"), P(None, "b"), P(), 1),  # Of x.
+    (P("a"), P(), P(), P("a"), [], [N]),
+    (P("a", "b"), P(), P(), P("a", "b"), [], [N] * 2),
+    (P("a"), P("b"), P("b"), P("a", None, "b"), [M // 2], [1, N // 4, M // 2 * K]),
+    (P("a", None, "b"), P(None, "b"), P(), P("a"), [M // 2], [N, M // 2 * N]),
 )
-for of_x, of_w, of_bias, amaxes in PLACES:
+for of_x, of_w, of_bias, of_y, maxima, summed in PLACES:
     with jax.set_mesh(mesh):
         rows = of_w[0] if len(of_w) else None
         w = scaled(put(wq.data, mesh, *of_w), put(wq.scale, mesh, rows), "row")
-        placed = put(x, mesh, *of_x), put(bias, mesh, *of_bias), w
-        found = collectives(step, *placed)
-        assert found.pop(AMAX, 0) == amaxes and set(found) == {"all-reduce f32"}, found
-        got = jax.jit(step)(*placed)
-        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        placed = put(x, mesh, *of_x), put(bias, mesh, *of_bias), w, put(t, mesh, *of_y)
+        program = compiled(step, *placed)
+        found = moved(program)
+        stated = {"all-reduce s32": maxima, "all-reduce f32": summed}
+        assert found == {name: sizes for name, sizes in stated.items() if sizes}, found
+        got = program(*placed)
+        for one, other in zip(got, want, strict=True):
             np.testing.assert_allclose(one, other, rtol=2e-6, atol=2e-6 * np.abs(other).max())
-        padded = (*got[1][0].sharding.spec, None, None)[:3]
+        padded = (*got[1].sharding.spec, None, None)[:3]
         assert padded == (*of_x, None, None)[:3]
 """,
         kind,
@@ -372,7 +402,7 @@ with jax.set_mesh(mesh):
 @KINDS
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "blockwise"])
 def test_values_where_something_has_to_be_gathered(kind, recipe):
-    """Rows of two axes of the mesh at once, and blocks that are not even: right all the same."""
+    """One axis of the mesh for two things, and blocks that are not even: right all the same."""
     check(
         f"""
 recipe = {recipe!r}

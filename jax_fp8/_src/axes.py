@@ -1,4 +1,4 @@
-"""How the axes of an operand of ``dot_general`` become (batch, rows, columns)."""
+"""How the axes of an operand of ``dot_general`` become (batch, *rows, columns)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_fp8._src.placement import reshape
-from jax_fp8._src.scaled_array import ScaledArray, describe, scale_shape
+from jax_fp8._src.scaled_array import BLOCK, ScaledArray, describe, scale_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +35,24 @@ class View:
         rest = (self.free, self.contract) if self.contract_last else (self.contract, self.free)
         return (*self.batch, *rest[0], *rest[1])
 
-    def apply(self, x: jax.Array) -> jax.Array:
-        """``x`` as (batch, free, contracted) or (batch, contracted, free)."""
+    def apply(self, x: jax.Array, *, apart: bool = False) -> jax.Array:
+        """``x`` as (batch, free, contracted) or (batch, contracted, free).
+
+        ``apart`` leaves several free axes as they are, where the contracted ones come last: one
+        axis could not be divided over a mesh as two are.
+        """
         x = x.transpose(self.permutation)
         count = len(self.batch)
         middle = count + len(self.free if self.contract_last else self.contract)
         shape = x.shape
-        parts = shape[:count], shape[count:middle], shape[middle:]
-        return reshape(x, tuple(map(math.prod, parts)))
+        second = shape[count:middle]
+        if not (apart and self.contract_last):
+            second = (math.prod(second),)
+        return reshape(x, (math.prod(shape[:count]), *second, math.prod(shape[middle:])))
 
-    def apply_scaled(self, op: str, name: str, x: ScaledArray) -> ScaledArray:
+    def apply_scaled(
+        self, op: str, name: str, x: ScaledArray, *, apart: bool = False
+    ) -> ScaledArray:
         """The same of a ScaledArray, whose contracted axis is the last and stays there.
 
         Raises:
@@ -57,9 +65,10 @@ class View:
                 f" {name}, {describe(x)}, axes {self.contract} are contracted and {self.batch} are"
                 " batch axes"
             )
-        data = self.apply(x.data)
+        # Blocks of several rows are of the free axes taken as one.
+        data = self.apply(x.data, apart=apart and x.granularity != (BLOCK, BLOCK))
         if x.granularity == "tensor" and x.scale.size == 1:
-            return ScaledArray(data, reshape(x.scale, (1, 1, 1)))
+            return ScaledArray(data, reshape(x.scale, (1,) * data.ndim))
         if x.granularity == "tensor":  # Stacked arrays, each with a scale of its own.
             scale = jnp.broadcast_to(x.scale, (*x.shape[:-1], 1))
             return ScaledArray(data, reshape(scale, (*data.shape[:-1], 1)), "row")

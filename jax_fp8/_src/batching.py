@@ -90,7 +90,7 @@ def _multiply(
         w, w_scale = front(w, of_w), front_scale(w_scale, of_w_scale, config.w_granularity)
         return operation(config)(x, x_scale, w, w_scale, *rest)[0]
     # All entries share w: theirs is one more axis of rows.
-    _check_rows(config, size, math.prod(x.shape[1 + config.batch_dims : -1]))
+    _check_rows(config, size, math.prod(x.shape[1 + config.batch_dims : -config.contracted]))
     place = config.batch_dims
     x, x_scale = jnp.moveaxis(x, 0, place), jnp.moveaxis(x_scale, 0, place)
     return jnp.moveaxis(operation(config)(x, x_scale, w, w_scale, *rest)[0], place, 0)

@@ -12,17 +12,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_fp8._src import ffi, plans
-from jax_fp8._src.numerics import dynamic_scale, random_bits
-from jax_fp8._src.partition import (
-    Axes,
-    Dimensions,
-    Rule,
-    all_max,
-    axes_of,
-    in_units,
-    name_of,
-    partition,
+from jax_fp8._src.cast_transpose_rule import (
+    CastTransposeConfig,
+    cast_transpose_rule,
+    rows_apart,
+    rows_together,
+    shared_factors,
 )
+from jax_fp8._src.numerics import dynamic_scale, random_bits
+from jax_fp8._src.partition import Axes, all_max, axes_of, partition
 from jax_fp8._src.quantize import (
     IMPLEMENTATIONS,
     WIDE_DTYPES,
@@ -40,35 +38,6 @@ from jax_fp8._src.scaled_array import (
     check_granularity,
     scale_shape,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class CastTransposeConfig:
-    """The static part of a call: everything but the arrays."""
-
-    dtype: jnp.dtype
-    granularity: Granularity
-    static: bool
-    power_of_two: bool
-    stochastic: bool
-    straight: bool
-    transposed: bool
-    amax: bool
-    implementation: str | None
-    #: Leading axes that vmap put in front: each entry is cast as if it were alone.
-    batch_dims: int = 0
-
-    @property
-    def layouts(self) -> tuple[str, ...]:
-        """Those that are asked for."""
-        return ("straight",) * self.straight + ("transposed",) * self.transposed
-
-    @property
-    def given(self) -> QuantizeConfig:
-        """How ``quantize`` makes one layout with a scale that is known."""
-        return QuantizeConfig(
-            self.dtype, self.granularity, True, False, self.implementation, self.batch_dims
-        )
 
 
 def _reference(
@@ -170,13 +139,19 @@ def _local(
     config: CastTransposeConfig, x: jax.Array, scale: jax.Array, key: jax.Array, *, axes: Axes
 ) -> Any:
     """Runs on the operands of one device, whatever mesh they came from."""
+    if config.row_axes > 1:
+        one = dataclasses.replace(config, row_axes=1)
+        together, scale, axes = rows_together(config, x, scale, axes)
+        return rows_apart(config, x.shape, _local(one, together, scale, key, axes=axes))
     entries = [f"d{i}" for i in range(config.batch_dims)]
     within = axes_of([factor for factor in axes if factor not in entries], axes)
     if config.stochastic and within:
         # Each part of an entry has bits of its own, and so not those that the whole would have.
         key = _fold_in(key, lax.axis_index(within))
     if not config.static:
-        across = {name: axes_of(_shared(config, name, x.ndim), axes) for name in config.layouts}
+        across = {
+            name: axes_of(shared_factors(config, name, x.ndim), axes) for name in config.layouts
+        }
         if any(across.values()):
             if config.granularity == "row":
                 return _rows_across(config, x, key, across)
@@ -281,62 +256,11 @@ def _fold_in(key: jax.Array, index: jax.Array) -> jax.Array:
     return folded.reshape(key.shape)
 
 
-def _shared(config: CastTransposeConfig, layout: str, ndim: int) -> tuple[str, ...]:
-    """The factors of ``_rule`` along which more than a block of a layout shares a scale."""
-    if config.granularity == "tensor":
-        return (*(f"d{i}" for i in range(config.batch_dims, ndim - 2)), "r", "c")
-    along = "c" if layout == "straight" else "r"
-    return (along,) if config.granularity == "row" else ()
-
-
-def _rule(config: CastTransposeConfig, x: jax.Array, scale: jax.Array, key: jax.Array) -> Rule:
-    """Every axis can be divided, but for one whose blocks do not come out even."""
-    leading = [f"d{i}" for i in range(x.ndim - 2)]
-    sizes = dict(zip((*leading, "r", "c"), x.shape, strict=True))
-    units: dict[str, int] = {}
-    own: list[str | None] = ["r", "c"]
-    block = block_shape(config.granularity)
-    if isinstance(config.granularity, tuple):
-        for axis in (0, 1):
-            # (1, 128) has blocks along the last axis of each layout.
-            if config.layouts == ("straight",) and axis == 0 and block[0] == 1:
-                continue
-            if config.layouts == ("transposed",) and axis == 1 and block[0] == 1:
-                continue
-            in_units(own, axis, block[1], sizes, units)
-    rows, columns = own
-    batch = tuple(leading[: config.batch_dims])
-    ones: Dimensions = (*batch, *(None,) * (x.ndim - config.batch_dims))
-
-    def scales(first: str | None, last: str | None) -> Dimensions:
-        if config.granularity == "tensor":
-            return ones
-        return (*leading, first, None if block[1] == 0 else name_of(last))
-
-    def of_rows(dimension: str | None) -> str | None:
-        return name_of(dimension) if block[0] > 1 else dimension
-
-    data, turned = (*leading, rows, columns), (*leading, columns, rows)
-    results: list[Dimensions] = []
-    if config.straight:
-        results += [data, scales(of_rows(rows), columns)]
-    if config.transposed:
-        results += [turned, scales(of_rows(columns), rows)]
-    if config.amax:
-        results.append(ones)
-    return Rule(
-        (data, ones if config.static else batch, (*batch, None)),
-        tuple(results),
-        sizes,
-        units,
-    )
-
-
 @functools.cache
 def _operation(config: CastTransposeConfig) -> Any:
     """custom_vjp -> custom_vmap -> partition -> platform, for one configuration."""
     batched = jax.custom_batching.custom_vmap(
-        partition(functools.partial(_local, config), functools.partial(_rule, config))
+        partition(functools.partial(_local, config), functools.partial(cast_transpose_rule, config))
     )
 
     @batched.def_vmap
@@ -375,6 +299,23 @@ def key_words(op: str, key: Any) -> jax.Array:
     if key.dtype != jnp.uint32 or tuple(key.shape) != (2,):
         raise TypeError(f"{op}: key must be {accepted}, got {seen}")
     return jnp.asarray(key)
+
+
+def cast_layouts(
+    config: CastTransposeConfig, x: jax.Array, scale: Any, words: jax.Array | None
+) -> Any:
+    """What ``cast_transpose`` returns, of checked operands; ``words`` are those of a key."""
+    # Placeholders, so that there is one signature to batch and partition.
+    given = jnp.zeros((), jnp.float32)
+    if scale is not None:
+        given = static_scale("cast_transpose", scale, x.shape, config.granularity)
+    words = jnp.zeros((2,), jnp.uint32) if words is None else words
+    results = list(_operation(config)(x, given, words))
+    layouts = [
+        ScaledArray(results.pop(0), results.pop(0), config.granularity) if asked else None
+        for asked in (config.straight, config.transposed)
+    ]
+    return (*layouts, results[0]) if config.amax else tuple(layouts)
 
 
 def cast_transpose(
@@ -458,14 +399,5 @@ def cast_transpose(
         bool(return_amax),
         implementation,
     )
-    # Placeholders, so that there is one signature to batch and partition.
-    given = jnp.zeros((), jnp.float32)
-    if scale is not None:
-        given = static_scale(op, scale, x.shape, granularity)
-    words = jnp.zeros((2,), jnp.uint32) if key is None else key_words(op, key)
-    results = list(_operation(config)(x, given, words))
-    layouts = [
-        ScaledArray(results.pop(0), results.pop(0), granularity) if asked else None
-        for asked in (straight, transposed)
-    ]
-    return (*layouts, results[0]) if return_amax else tuple(layouts)
+    words = None if key is None else key_words(op, key)
+    return cast_layouts(config, x, scale, words)

@@ -26,6 +26,8 @@ class CallConfig:
     implementation: str | None
     #: Leading axes of both operands that are not multiplied with each other.
     batch_dims: int = 0
+    #: Trailing axes of both operands that are summed over, as one K; blocks are along the last.
+    contracted: int = 1
     #: Pretends this compute capability (as 90 for 9.0) when not 0. For tests alone.
     capability: int = 0
 

@@ -11,6 +11,7 @@ from jax import lax
 from jax_fp8._src.axes import View, view_of
 from jax_fp8._src.cast_transpose import key_words
 from jax_fp8._src.health import HealthProbe
+from jax_fp8._src.layouts import keeps_rows
 from jax_fp8._src.placement import placement, placement_of_product, reshape
 from jax_fp8._src.prepared import PreparedWeight
 from jax_fp8._src.product import ProductConfig, Side, product
@@ -96,7 +97,8 @@ def dot_general(
         )
     if not isinstance(probe, HealthProbe | None):
         raise TypeError(f"{op}: probe must be a HealthProbe or None, got {describe(probe)}")
-    sides = (_side(op, "lhs", lhs, views[0]), _side(op, "rhs", rhs, views[1], recipe))
+    apart = keeps_rows(recipe, tuple(lhs.shape[axis] for axis in views[0].free))
+    sides = (_side(op, "lhs", lhs, views[0], apart=apart), _side(op, "rhs", rhs, views[1]))
     config = ProductConfig(
         op=op,
         recipe=recipe,
@@ -189,8 +191,8 @@ def _check_recipe(op: str, recipe: Recipe, lhs: Any, rhs: Any) -> None:
         raise ValueError(f"{op}: rhs was prepared for {rhs.recipe}, not for {recipe}")
 
 
-def _side(op: str, name: str, x: Any, view: View, recipe: Recipe | None = None) -> Side:
-    """The operand with three axes."""
+def _side(op: str, name: str, x: Any, view: View, *, apart: bool = False) -> Side:
+    """The operand with three axes, or with several of rows that stay ``apart``."""
     if isinstance(x, PreparedWeight):
         if x.view != view:
             raise ValueError(
@@ -199,8 +201,8 @@ def _side(op: str, name: str, x: Any, view: View, recipe: Recipe | None = None) 
             )
         return x.side()
     if not isinstance(x, ScaledArray):
-        return Side(view.apply(x))
-    return Side(forward=view.apply_scaled(op, name, x))
+        return Side(view.apply(x, apart=apart))
+    return Side(forward=view.apply_scaled(op, name, x, apart=apart))
 
 
 def _dtype_of(side: Side) -> Any:

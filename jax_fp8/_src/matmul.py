@@ -12,6 +12,7 @@ from jax import lax
 
 from jax_fp8._src.axes import view_of
 from jax_fp8._src.epilogue import with_gradients
+from jax_fp8._src.layouts import keeps_rows
 from jax_fp8._src.placement import placement, reshape
 from jax_fp8._src.product import input_gradient
 from jax_fp8._src.quantize import WIDE_DTYPES, quantize, static_scale
@@ -24,7 +25,7 @@ from jax_fp8._src.scaled_array import (
     check_scaled_array,
     describe,
 )
-from jax_fp8._src.scaled_matmul import FP8_HAS_NO_GRADIENT, multiply
+from jax_fp8._src.scaled_matmul import FP8_HAS_NO_GRADIENT, check_shapes, multiply
 
 
 def matmul(
@@ -104,6 +105,7 @@ def matmul(
     if recipe.needs_key:
         raise ValueError(f"{op}: it takes no key to round gradients with; dot_general does")
     check_scaled_array(op, "w", w)
+    batch_dims = check_shapes(op, x, w)
     operand = _activation(op, recipe, x, dtype, granularity, scale)
     if operand is not None and scale is not None:
         scale = lax.stop_gradient(static_scale(op, scale, x.shape, operand.granularity))
@@ -114,6 +116,7 @@ def matmul(
             op,
             _quantize(x, operand, scale, implementation),
             w,
+            batch_dims=batch_dims,
             bias=bias,
             activation=activation,
             preferred_element_type=out_dtype,
@@ -197,10 +200,12 @@ def _input_gradient(
     """``dz @ w``, of the dtype of ``x``: a product of dot_general, whose gradients these are."""
     batch = w.ndim - 2
     view = view_of(w.ndim, (w.ndim - 1,), tuple(range(batch)))
-    parts = dz.shape[:batch], dz.shape[batch:-1], dz.shape[-1:]
-    dz3 = reshape(dz, tuple(map(math.prod, parts)))
     if operand is not None and recipe.dgrad is not None and recipe.dgrad[0] is not None:
         gradient = dataclasses.replace(recipe.dgrad[0], granularity=operand.granularity)
         recipe = dataclasses.replace(recipe, dgrad=(gradient, recipe.dgrad[1]))
-    dx = input_gradient(op, recipe, dz3, view.apply_scaled(op, "w", w), dtype, implementation)
+    rows = dz.shape[batch:-1]
+    if not keeps_rows(dataclasses.replace(recipe, wgrad=None), rows):
+        rows = (math.prod(rows),)
+    apart = reshape(dz, (math.prod(dz.shape[:batch]), *rows, dz.shape[-1]))
+    dx = input_gradient(op, recipe, apart, view.apply_scaled(op, "w", w), dtype, implementation)
     return reshape(dx, (*dz.shape[:-1], w.shape[-1]))

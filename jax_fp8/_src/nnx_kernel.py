@@ -86,8 +86,9 @@ class FP8Kernel(nnx.Module):
         values = self.scaled_array
         if not self.batch:
             values = jax.tree.map(lambda leaf: leaf[None], values)
-        last = 2 if view.contract_last else 1
-        found = dot_general(view.apply(lhs), values, (((last,), (2,)), ((0,), (0,))), **options)
+        apart = view.apply(lhs, apart=True)
+        last = apart.ndim - 1 if view.contract_last else 1
+        found = dot_general(apart, values, (((last,), (2,)), ((0,), (0,))), **options)
         y, *state = found if isinstance(found, tuple) else (found,)
         own = [size for axis, size in enumerate(self.shape) if axis not in (*contract, *batch)]
         y = y.reshape(*(lhs.shape[axis] for axis in (*lhs_batch, *view.free)), *own)

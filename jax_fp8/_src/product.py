@@ -1,10 +1,13 @@
-"""The product of two operands as (batch, rows, columns), with its gradients: the one custom_vjp.
+"""The product of two operands as (batch, *rows, columns), with its gradients: the one custom_vjp.
 
 ``y = x @ w.T`` with ``x`` (M, K) and ``w`` (N, K) has the gradients ``dx = dy @ w`` and
 ``dw = dy.T @ x``. FP8 products contract the last axis of both operands, so each of them takes its
 operands in another layout: ``dx`` wants ``w.T``, ``dw`` wants ``dy.T`` and ``x.T``. The transposes
 of ``x`` and ``w`` are made in the forward pass, from the read that quantizes them, and are all that
 is kept of them.
+
+``x``, and so ``y``, may have several axes of rows, each of which a mesh divides on its own. Then
+``x.T`` is (K, *rows), and ``dw`` contracts all of them.
 """
 
 from __future__ import annotations
@@ -21,13 +24,14 @@ from jax.custom_derivatives import SymbolicZero
 
 from jax_fp8._src.epilogue import NOT_DIFFERENTIABLE, is_primal
 from jax_fp8._src.health import HealthProbe, no_stats, stats_of
-from jax_fp8._src.layouts import quantize_layouts, transpose
+from jax_fp8._src.layouts import quantize_layouts, transpose, turn
 from jax_fp8._src.partition import vary_alike
 from jax_fp8._src.placement import placed, placement_of_product
 from jax_fp8._src.quantize import dequantize
 from jax_fp8._src.recipe import Backward, Operand, Recipe
 from jax_fp8._src.scaled_array import ScaledArray
 from jax_fp8._src.scaled_matmul import multiply
+from jax_fp8._src.wide_product import multiply_wide
 
 #: The names of what the forward pass leaves, for policies of ``jax.checkpoint``.
 RESIDUAL, PRODUCT = "jax_fp8_residual", "jax_fp8_product"
@@ -53,8 +57,8 @@ class Side:
 
     Attributes:
       wide: the values, which have a gradient; None where only FP8 values are given.
-      forward: the FP8 copy ``(B, free, contracted)``, where it was made ahead, else None.
-      backward: the copy ``(B, contracted, free)`` for a gradient, likewise.
+      forward: the FP8 copy ``(B, *free, contracted)``, where it was made ahead, else None.
+      backward: the copy ``(B, contracted, *free)`` for a gradient, likewise.
       amax: of ``wide``, a float32 scalar, where copies were made with a scale that was given.
     """
 
@@ -70,7 +74,8 @@ class ProductConfig:
 
     op: str
     recipe: Recipe
-    #: Whether the contracted axis is the last of the wide (B, R, C), or the one before.
+    #: Whether the contracted axis is the last of the wide operand, or the one after B. It is the
+    #: last of an x with several axes of rows; w has one.
     contract_last: tuple[bool, bool]
     #: The dtypes of the wide operands, which are those of their gradients.
     dtypes: tuple[Any, Any]
@@ -140,11 +145,11 @@ def _run(
     w = _quantize_side(config, 1, w, recipe.weight, for_dx, scales[1])
     if w.forward is None:
         precision = lax.Precision.HIGHEST if config.precision == "highest" else None
-        y = _multiply_wide(
-            *(x.wide, config.contract_last[0], w.wide, config.contract_last[1]),
-            config.out_dtype,
-            precision,
+        contract = tuple(
+            (side.wide.ndim - 1 if last else 1,)
+            for side, last in zip((x, w), config.contract_last, strict=True)
         )
+        y = multiply_wide(x.wide, w.wide, contract, config.out_dtype, precision)
     else:
         left = x.forward if x.forward is not None else _contract_last(config, x.wide)
         y = _multiply(config, left, w.forward, config.out_dtype, config.precision)
@@ -153,11 +158,11 @@ def _run(
 
 def _placement(config: ProductConfig, x: Side, w: Side) -> Any:
     """Of the result, by the operands alone: whatever of them is kept for gradients."""
-    contract = []
+    values, contract = [], []
     for index, side in enumerate((x, w)):
         last = side.wide is None or config.contract_last[index]
-        contract.append((2 if last else 1,))
-    values = [side.forward.data if side.wide is None else side.wide for side in (x, w)]
+        values.append(side.forward.data if side.wide is None else side.wide)
+        contract.append((values[-1].ndim - 1 if last else 1,))
     return placement_of_product(values[0], values[1], contract, ((0,), (0,)))
 
 
@@ -272,8 +277,9 @@ def _compute_gradients(config: ProductConfig, residuals: Any, dy: jax.Array) -> 
         straight, transposed, _ = quantize(dy, of_dgrad, of_wgrad)
         dy_x = dy_w = dy
     else:
-        dy_x = _scaled(dy, factor_w)
-        dy_w = _scaled(dy, None if factor_x is None else factor_x.mT)
+        if factor_w is not None:  # It is (B, N, 1), and N is the last axis of the gradient.
+            factor_w = jnp.expand_dims(factor_w.mT, tuple(range(2, dy.ndim - 1)))
+        dy_x, dy_w = _scaled(dy, factor_w), _scaled(dy, factor_x)
         straight, _, _ = quantize(dy_x, of_dgrad, None)
         _, transposed, _ = quantize(dy_w, None, of_wgrad)
     dx = dw = None
@@ -289,7 +295,7 @@ def _compute_gradients(config: ProductConfig, residuals: Any, dy: jax.Array) -> 
         if straight is not None:
             gradient = stats_of(dy_x, straight)
         elif transposed is not None:
-            gradient = stats_of(dy_w.mT, transposed)
+            gradient = stats_of(turn(dy_w), transposed)
         probe = HealthProbe(measured[0], measured[1], gradient)
     return dx, dw, probe
 
@@ -297,7 +303,7 @@ def _compute_gradients(config: ProductConfig, residuals: Any, dy: jax.Array) -> 
 def input_gradient(
     op: str, recipe: Recipe, dy: jax.Array, w: ScaledArray, dtype: Any, implementation: str | None
 ) -> jax.Array:
-    """``dx`` of ``dtype`` for ``dy`` (B, M, N) and FP8 weights (B, N, K) of whatever origin."""
+    """``dx`` of ``dtype`` for ``dy`` (B, *M, N) and FP8 weights (B, N, K) of whatever origin."""
     config = ProductConfig(
         op, recipe, (True, True), (jnp.dtype(dtype), None), dy.dtype, "highest", implementation
     )
@@ -305,11 +311,11 @@ def input_gradient(
 
 
 def _other(kept: Side | None, wide: bool) -> tuple[Any, jax.Array | None]:
-    """The operand that a gradient is multiplied by, (B, contracted, free) in FP8 or as it was."""
+    """The operand that a gradient is multiplied by, (B, contracted, *free) in FP8 or as it was."""
     if kept is None:
         return None, None
     if kept.forward is not None:
-        return (dequantize(kept.forward).mT, None) if wide else transpose(kept.forward)
+        return (turn(dequantize(kept.forward)), None) if wide else transpose(kept.forward)
     return (kept.wide if kept.backward is None else kept.backward), None
 
 
@@ -327,7 +333,8 @@ def _input_gradient(config: ProductConfig, dy: Any, w: Any) -> jax.Array:
     if not isinstance(w, ScaledArray):
         # A ScaledArray with blocks came back as (K, N); a wide operand lies as it was given.
         w_free_last = config.dtypes[1] is None or not config.contract_last[1]
-        dx = _multiply_wide(dy, True, w, w_free_last, dtype, lax.Precision.HIGHEST)
+        contract = (dy.ndim - 1,), (2 if w_free_last else 1,)
+        dx = multiply_wide(dy, w, contract, dtype, lax.Precision.HIGHEST)
         return dx if last else dx.mT
     if isinstance(dy, ScaledArray):
         a, b = (dy, w) if last else (w, dy)
@@ -339,21 +346,30 @@ def _input_gradient(config: ProductConfig, dy: Any, w: Any) -> jax.Array:
 
 
 def _weight_gradient(config: ProductConfig, dy: Any, x: Any) -> jax.Array:
-    """``dw``, with its axes in the order of ``w``; ``dy`` in FP8 is transposed, (N, M)."""
+    """``dw``, with its axes in the order of ``w``; ``dy`` in FP8 is transposed, (N, *M)."""
     last, dtype = config.contract_last[1], config.dtypes[1]
     if isinstance(x, ScaledArray):
         a, b = (dy, x) if last else (x, dy)
-        return _multiply(config, a, b, dtype, "highest")
+        return _multiply(config, a, b, dtype, "highest", contracted=x.ndim - 2)
     x_free_last = config.dtypes[0] is None or not config.contract_last[0]
-    dw = _multiply_wide(dy, False, x, x_free_last, dtype, lax.Precision.HIGHEST)
+    in_front = tuple(range(1, dy.ndim - 1))
+    contract = in_front, tuple(range(2, x.ndim)) if x_free_last else in_front
+    dw = multiply_wide(dy, x, contract, dtype, lax.Precision.HIGHEST)
     return dw if last else dw.mT
 
 
 # --- Products -------------------------------------------------------------------------------------
 
 
-def _multiply(config: ProductConfig, a: Any, b: ScaledArray, dtype: Any, precision: str) -> Any:
-    """(B, R, C) by (B, S, C) to (B, R, S), where ``a`` may be wide and ``b`` is FP8."""
+def _multiply(
+    config: ProductConfig,
+    a: Any,
+    b: ScaledArray,
+    dtype: Any,
+    precision: str,
+    contracted: int = 1,
+) -> Any:
+    """(B, *R, *C) by (B, S, *C) to (B, *R, S), where ``a`` may be wide and ``b`` is FP8."""
     if not isinstance(a, ScaledArray):
         a = ScaledArray(a, jnp.ones((1,) * a.ndim, jnp.float32))
     single = a.data.shape[0] == 1
@@ -363,6 +379,8 @@ def _multiply(config: ProductConfig, a: Any, b: ScaledArray, dtype: Any, precisi
         config.op,
         a,
         b,
+        batch_dims=0 if single else 1,
+        contracted=contracted,
         bias=None,
         activation=None,
         preferred_element_type=dtype,
@@ -372,24 +390,3 @@ def _multiply(config: ProductConfig, a: Any, b: ScaledArray, dtype: Any, precisi
         implementation=config.implementation,
     )
     return y[None] if single else y
-
-
-def _multiply_wide(
-    a: jax.Array, a_last: bool, b: jax.Array, b_last: bool, dtype: Any, precision: Any
-) -> jax.Array:
-    """The wide product over the last axis of each, or the one before."""
-    common = jnp.promote_types(a.dtype, b.dtype)
-    contract = ((2 if a_last else 1,), (2 if b_last else 1,))
-    if a.dtype != b.dtype:  # XLA would undo the cast, and round the wider one instead.
-        a, b = lax.optimization_barrier((a.astype(common), b.astype(common)))
-    # XLA on a GPU multiplies float32 values in fewer digits where the result has fewer.
-    summed = jnp.promote_types(common, dtype)
-    batch = ((0,), (0,))
-    y = lax.dot_general(
-        *(a.astype(common), b.astype(common)),
-        (contract, batch),
-        precision=precision,
-        preferred_element_type=summed,
-        out_sharding=placement_of_product(a, b, contract, batch),
-    )
-    return y.astype(dtype)

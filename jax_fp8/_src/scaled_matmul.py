@@ -15,19 +15,18 @@ from jax_fp8._src import ffi, plans
 from jax_fp8._src.batching import batch_product
 from jax_fp8._src.definition import CallConfig, finish, reference
 from jax_fp8._src.epilogue import with_gradients
+from jax_fp8._src.folding import fold
 from jax_fp8._src.numerics import inverse
-from jax_fp8._src.partition import Axes, all_max, partition
+from jax_fp8._src.partition import Axes, all_max, axes_of, partition
 from jax_fp8._src.placement import placement
-from jax_fp8._src.product_rule import product_rule
+from jax_fp8._src.product_rule import product_rule, summed_factors
 from jax_fp8._src.quantize import WIDE_DTYPES
 from jax_fp8._src.scaled_array import (
     BLOCK,
     FP8_DTYPES,
-    Granularity,
     ScaledArray,
     block_shape,
     check_scaled_array,
-    scale_shape,
 )
 
 IMPLEMENTATIONS = (None, "cublaslt", "small_m", "decode", "naive", "xla")
@@ -47,43 +46,6 @@ FP8_HAS_NO_GRADIENT = "an FP8 result has no gradient; ask for a wide one and qua
 #: The compute capability that calls pretend (as 89 for 8.9), 0 for the device's own. Tests set it
 #: to run the branches of other GPUs; it goes into CallConfig, and so into the key of every cache.
 _forced_capability = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class _Folded:
-    """An operand as the handlers take it: (B, rows, K) and its scale of the same rank."""
-
-    data: jax.Array
-    scale: jax.Array
-    granularity: Granularity
-
-
-def _fold(x: ScaledArray, batch: tuple[int, ...]) -> _Folded:
-    """Folds ``x`` of ``(*batch, ..., R, K)`` to ``(prod(batch), rows, K)``.
-
-    Axes between ``batch`` and K become rows. Their scales are brought to a form that states the
-    same values and that a kernel can index: one scale for each batch entry, row or block.
-    """
-    *leading, columns = x.shape
-    count = math.prod(batch)
-    inner = leading[len(batch) :]
-    rows = math.prod(inner)
-    scale, granularity = x.scale, x.granularity
-    if granularity == "tensor" and scale.size != 1:
-        if all(size == 1 for size in scale.shape[len(batch) :]):
-            # Stacked arrays, each with one scale.
-            scale = jnp.broadcast_to(scale, (*batch, *(1,) * (len(inner) + 1)))
-        else:
-            scale, granularity = jnp.broadcast_to(scale, (*leading, 1)), "row"
-    elif granularity == (BLOCK, BLOCK) and len(inner) > 1 and inner[-1] % BLOCK:
-        # Blocks that end inside the folded rows: state each row's scales instead.
-        scale = jnp.repeat(scale, BLOCK, axis=-2)[..., : inner[-1], :]
-        granularity = (1, BLOCK)
-    if granularity == "tensor":
-        shape: tuple[int, ...] = (scale.size, 1, 1)
-    else:
-        shape = scale_shape((count, rows, columns), granularity)
-    return _Folded(x.data.reshape(count, rows, columns), scale.reshape(shape), granularity)
 
 
 def _pad(array: jax.Array, rows: int, columns: int) -> jax.Array:
@@ -149,11 +111,16 @@ def _xla(config: CallConfig, *operands: jax.Array) -> Any:
 def _folded(config: CallConfig, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Of operands of any rank, by what knows three axes."""
     x_data, x_scale, w_data, w_scale, *rest = operands
-    batch = w_data.shape[: config.batch_dims]
-    x = _fold(ScaledArray(x_data, x_scale, config.x_granularity), batch)
-    w = _fold(ScaledArray(w_data, w_scale, config.w_granularity), batch)
+    batch, count = w_data.shape[: config.batch_dims], config.contracted
+    shape = (*x_data.shape[:-count], w_data.shape[-1 - count])
+    x = fold(x_data, x_scale, config.x_granularity, batch, count)
+    w = fold(w_data, w_scale, config.w_granularity, batch, count)
     config = dataclasses.replace(
-        config, x_granularity=x.granularity, w_granularity=w.granularity, batch_dims=1
+        config,
+        x_granularity=x.granularity,
+        w_granularity=w.granularity,
+        batch_dims=1,
+        contracted=1,
     )
     xla, kernel = functools.partial(_xla, config), functools.partial(_kernel, config)
     folded = (x.data, x.scale, w.data, w.scale, *rest)
@@ -163,13 +130,14 @@ def _folded(config: CallConfig, *operands: jax.Array) -> tuple[jax.Array, jax.Ar
         y, amax = lax.platform_dependent(*folded, cpu=xla, cuda=kernel)
     else:
         y, amax = kernel(*folded)
-    return y.reshape(*x_data.shape[:-1], w_data.shape[-2]), amax
+    return y.reshape(shape), amax
 
 
 def _local(config: CallConfig, *operands: jax.Array, axes: Axes) -> Any:
     """Runs on the operands of one device, whatever mesh they came from."""
-    contracted = axes.get("k", ())
-    if not contracted:
+    summed = summed_factors(config)
+    across = axes_of(summed, axes)
+    if not across:
         y, amax = _folded(config, *operands)
     else:
         # Each device has a part of every sum. They travel in the dtype of the result, but in
@@ -180,10 +148,10 @@ def _local(config: CallConfig, *operands: jax.Array, axes: Axes) -> Any:
         *factors, bias, inverse_out_scale = operands
         placeholders = jnp.zeros((1,), jnp.float32), jnp.ones((1,), jnp.float32)
         y, amax = _folded(sums, *factors, *placeholders)
-        y = lax.psum(y, contracted)
+        y = lax.psum(y, across)
         if is_unfinished:
             y, amax = finish(config, y, bias, inverse_out_scale)
-    others = tuple(name for factor, names in axes.items() if factor != "k" for name in names)
+    others = axes_of([factor for factor in axes if factor not in summed], axes)
     return y, all_max(amax, others) if config.is_fp8 and others else amax
 
 
@@ -219,8 +187,8 @@ def precision_is_fast(op: str, precision: Any) -> bool:
     return _FAST[name]
 
 
-def _check_shapes(op: str, x: ScaledArray, w: ScaledArray) -> tuple[int, ...]:
-    """Returns the batch shape, or raises a ValueError that names both shapes."""
+def check_shapes(op: str, x: Any, w: ScaledArray) -> int:
+    """Returns the number of batch axes, or raises a ValueError that names both shapes."""
     shapes = f"x {x.shape} and w {w.shape}"
     if x.ndim < 1 or w.ndim < 2:
         raise ValueError(
@@ -233,7 +201,7 @@ def _check_shapes(op: str, x: ScaledArray, w: ScaledArray) -> tuple[int, ...]:
     batch = w.shape[:-2]
     if batch and x.shape[:-2] != batch:
         raise ValueError(f"{op}: leading batch axes must be the same on both sides; got {shapes}")
-    return batch
+    return len(batch)
 
 
 def _check_bias(op: str, bias: Any, n: int) -> jax.Array:
@@ -260,7 +228,7 @@ def _check_supported(op: str, config: CallConfig, x: ScaledArray, w: ScaledArray
         reason = "cublasLt has no product of E5M2 with E5M2"
     elif named == "small_m" and blocks:
         reason = "it has no block scales"
-    elif named == "small_m" and x.shape[-1] % 16:
+    elif named == "small_m" and math.prod(x.shape[-config.contracted :]) % 16:
         reason = "it reads K in steps of 16"
     if reason:
         raise NotImplementedError(
@@ -275,6 +243,8 @@ def multiply(
     x: ScaledArray,
     w: ScaledArray,
     *,
+    batch_dims: int,
+    contracted: int = 1,
     bias: Any,
     activation: str | None,
     preferred_element_type: Any,
@@ -283,8 +253,10 @@ def multiply(
     return_amax: bool,
     implementation: str | None,
 ) -> Any:
-    """``scaled_matmul`` of checked operands; ``x.data`` may be 16 bits wide, with a scale of 1."""
-    batch = _check_shapes(op, x, w)
+    """``scaled_matmul`` of checked operands; ``x.data`` may be 16 bits wide, with a scale of 1.
+
+    ``x`` is ``(*batch, ..., M, *contracted)``, ``w`` ``(*batch, N, *contracted)``.
+    """
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: unknown activation {activation!r}; accepted are {ACTIVATIONS}")
     if implementation not in IMPLEMENTATIONS:
@@ -307,7 +279,7 @@ def multiply(
     if return_amax and not is_fp8:
         raise ValueError(f"{op}: return_amax needs an FP8 result, got {out_dtype.name}")
     has_bias = bias is not None
-    bias = _check_bias(op, bias, w.shape[-2])
+    bias = _check_bias(op, bias, w.shape[batch_dims])
     inverse_out_scale = jnp.ones((1,), jnp.float32)
     if is_fp8:
         output_scale = jnp.asarray(output_scale, jnp.float32)
@@ -323,7 +295,8 @@ def multiply(
         activation=activation,
         fast=precision_is_fast(op, precision),
         implementation=implementation,
-        batch_dims=len(batch),
+        batch_dims=batch_dims,
+        contracted=contracted,
         capability=_forced_capability,
     )
     _check_supported(op, config, x, w)
@@ -397,12 +370,14 @@ def scaled_matmul(
     op = "scaled_matmul"
     check_scaled_array(op, "x", x)
     check_scaled_array(op, "w", w)
+    batch_dims = check_shapes(op, x, w)
 
     def run(activation: str | None, x: ScaledArray, w: ScaledArray, bias: Any) -> Any:
         return multiply(
             op,
             x,
             w,
+            batch_dims=batch_dims,
             bias=bias,
             activation=activation,
             preferred_element_type=preferred_element_type,
