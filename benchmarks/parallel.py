@@ -1,7 +1,7 @@
 """Several GPUs of one host: the MLP of examples/parallel.py and the GPT of examples/gpt.
 
 Tensor parallel, the same rows on all devices; data parallel, the rows of each device the same; and
-what collectives alone take, from which ``extrapolated`` says what larger machines would.
+what collectives alone take, from which ``extrapolate`` says what larger machines would.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def run(shapes: str = "all") -> list[Row]:
     Returns:
       A row for each problem, number of devices and variant: ``us``, ``tokens_per_s`` of training,
       ``mb`` that the program of a device takes with its operands, ``moved`` in MB by collective and
-      dtype, ``error``s from one device's results as ``off``.
+      dtype, and how far ``off`` the results are from one device's: RMS over RMS.
     """
     size, rows, each, preset = SHAPES[shapes]
     counts = sorted({1, jax.device_count()})

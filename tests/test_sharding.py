@@ -425,6 +425,32 @@ for of_x, of_w in ((P("a", "b"), P()), (P("a", None, "b"), P("b")), (P("b"), P("
     )
 
 
+def test_a_scale_that_lies_otherwise_than_its_data():
+    """It would be moved at each use; whole on every device it may be."""
+    check(
+        """
+codes = rng.integers(-3, 4, (16, 64)).astype(ref.E4M3)
+scales = (2.0 ** rng.integers(-2, 3, (16, 1))).astype(np.float32)
+w = scaled(rng.integers(-3, 4, (24, 64)).astype(ref.E4M3), np.ones((1, 1), np.float32))
+want = jax_fp8.scaled_matmul(scaled(codes, scales, "row"), w)
+with jax.set_mesh(mesh):
+    data = put(codes, mesh, ("a", "b"))
+    for axes in (("a", "b"), "a", None):
+        x = jax_fp8.ScaledArray(data, put(scales, mesh, axes), "row")
+        assert np.array_equal(jax.jit(jax_fp8.scaled_matmul)(x, w), want), axes
+    for data, axes in ((data, "b"), (put(codes, mesh, "a"), "b"), (put(codes, mesh), "a")):
+        x = jax_fp8.ScaledArray(data, put(scales, mesh, axes), "row")
+        for function in (jax_fp8.scaled_matmul, jax.jit(jax_fp8.scaled_matmul)):
+            message = message_of(function, x, w)
+            assert message.startswith(
+                "ValueError: scaled_matmul: x.scale must be divided over the mesh as x.data, or not"
+            ), message
+        assert "dequantize: x.scale must be" in message_of(jax_fp8.dequantize, x)
+""",
+        "Explicit",
+    )
+
+
 def test_rows_that_cannot_be_divided():
     """JAX's own error, and not another number."""
     run(

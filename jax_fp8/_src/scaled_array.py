@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from typing import Any, Literal
@@ -10,6 +11,8 @@ from typing import Any, Literal
 import jax
 import jax.export
 import jax.numpy as jnp
+
+from jax_fp8._src.partition import axes_in
 
 Granularity = Literal["tensor", "row"] | tuple[int, int]
 
@@ -153,7 +156,22 @@ def check_scaled_array(op: str, name: str, x: Any) -> ScaledArray:
             f"{op}: {name}.scale of shape {got} does not fit {name}.data of shape {x.shape}"
             f" with granularity {granularity!r}, which takes {want}"
         )
+    _check_placement(op, name, x)
     return x
+
+
+def _check_placement(op: str, name: str, x: ScaledArray) -> None:
+    """A scale is divided as its data is, or is whole; of auto meshes nothing is known here."""
+    if not all(isinstance(array, jax.Array) for array in (x.data, x.scale)):
+        return
+    specs = [jax.typeof(array).sharding.spec for array in (x.data, x.scale)]
+    for of_data, of_scale in itertools.zip_longest(*specs):
+        axes = axes_in(of_scale)
+        if axes_in(of_data)[: len(axes)] != axes:
+            raise ValueError(
+                f"{op}: {name}.scale must be divided over the mesh as {name}.data, or not at all,"
+                f" got {specs[1]} and {specs[0]}"
+            )
 
 
 def expand_scale(scale: jax.Array, shape: tuple[int, ...], granularity: Granularity) -> jax.Array:
