@@ -99,6 +99,41 @@ def test_dot_general_and_its_gradients(kind, recipe):
     check(f"recipe = {recipe!r}\n" + ROWS + GRADIENTS, kind)
 
 
+SEQUENCE = """
+want = jax.tree.map(np.asarray, jax.jit(step_of(multiply))(x, w, t))
+M, auto = B // 2 * S, kind == AxisType.Auto
+#: How x, w and the result lie -> the maxima of rows, the elements of sums, and what is gathered in
+#: FP8. One axis of the mesh divides the sequence of one of them, and K or N.
+PLACES = {
+    "to columns": (
+        (P("a", "b"), P(None, "b"), P("a", None, "b")),
+        *([M, N // 4, K, K], [M * K, K * N // 4], [M * K] * 2),
+    ),
+    "from rows": (
+        (P("a", None, "b"), P("b"), P("a", "b")),
+        *([K // 4, M, N, N], [M * N, K // 4 * N], [M * N] * 2),
+    ),
+}
+# Their row scales too. On an auto mesh XLA also divides those of the other, for a moment.
+scales = [M] * (1 + auto) if recipe == "rowwise" else []
+for name, (specs, rows, sums, gathered) in PLACES.items():
+    maxima = rows if recipe == "rowwise" else [1] * 3
+    with jax.set_mesh(mesh):
+        options = {} if auto else {"out_sharding": NamedSharding(mesh, specs[2])}
+        step, placed = on(mesh, step_of(functools.partial(multiply, **options)), specs)
+        found = moved(step)
+        assert found == expected(maxima, sums, gathered, scales), (name, found)
+        assert_near(step(*placed), want, specs)
+"""
+
+
+@KINDS
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_activations_are_gathered_in_fp8(kind, recipe):
+    """A sequence that is divided goes into columns, and comes out of rows."""
+    check(f"recipe = {recipe!r}\n" + ROWS + SEQUENCE, kind)
+
+
 @KINDS
 def test_copies_have_the_bits_of_one_device(kind):
     """Scales of the transposed copy are of all rows, along whatever axes they are divided."""

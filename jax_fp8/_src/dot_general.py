@@ -12,7 +12,13 @@ from jax_fp8._src.axes import View, view_of
 from jax_fp8._src.cast_transpose import key_words
 from jax_fp8._src.health import HealthProbe
 from jax_fp8._src.layouts import keeps_rows
-from jax_fp8._src.placement import placement, placement_of_product, reshape
+from jax_fp8._src.placement import (
+    Outcome,
+    outcome,
+    placement,
+    placement_of_product,
+    reshape,
+)
 from jax_fp8._src.prepared import PreparedWeight
 from jax_fp8._src.product import ProductConfig, Side, product
 from jax_fp8._src.quantize import WIDE_DTYPES
@@ -108,11 +114,13 @@ def dot_general(
         precision="default" if precision_is_fast(op, precision) else "highest",
         implementation=implementation,
         placements=(_placement_of(sides[0]), _placement_of(sides[1])),
+        outcome=_outcome(lhs, views, out_sharding, len(shape), apart),
     )
     y, amaxes = product(config)(
         *sides, _scales(recipe, state, sides), _raw_key(op, recipe, key), probe
     )
-    y = reshape(y, shape, _result_spec(lhs, rhs, contract, batch))
+    spec = None if config.outcome else _result_spec(lhs, rhs, contract, batch)
+    y = reshape(y, shape, spec)
     if out_sharding is not None:
         y = jax.sharding.reshard(y, out_sharding)
     if state is None:
@@ -211,6 +219,21 @@ def _dtype_of(side: Side) -> Any:
 
 def _placement_of(side: Side) -> Any:
     return None if side.wide is None else placement(side.wide)
+
+
+def _outcome(
+    lhs: Any, views: tuple[View, View], out_sharding: Any, ndim: int, apart: bool
+) -> Outcome | None:
+    """How the result is to lie; None where that was not said, or it has other axes than y."""
+    left, right = views
+    if out_sharding is None or len(left.batch) > 1 or len(right.free) != 1:
+        return None
+    if not (apart or len(left.free) == 1):
+        return None
+    given = getattr(out_sharding, "spec", out_sharding)
+    spec = (*given, *(None,) * (ndim - len(given)))
+    spec = spec if left.batch else (None, *spec)
+    return outcome(getattr(lhs, "data", lhs), left.free, left.contract, spec)
 
 
 def _result_spec(lhs: Any, rhs: Any, contract: Any, batch: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,60 @@ def whole_along(x: jax.Array, axis: int) -> jax.Array:
         return x
     spec = [None if i == axis else entry for i, entry in enumerate(where.spec)]
     return placed(x, NamedSharding(where.mesh, PartitionSpec(*spec)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How the result of a product is to lie, where that was said, and what that takes.
+
+    Attributes:
+      where: the result lies, (B, *rows, N).
+      of_x: for each axis of rows, what divides it in ``x`` and is to divide N instead: ``x`` is
+        brought together along that.
+      of_gradient: for each axis of rows, what divides it in the result, and K in ``x``: likewise
+        of the gradient.
+    """
+
+    where: NamedSharding
+    of_x: tuple[tuple[str, ...], ...]
+    of_gradient: tuple[tuple[str, ...], ...]
+
+
+def outcome(x: Any, rows: Sequence[int], contract: Sequence[int], spec: Sequence[Any]) -> Any:
+    """An Outcome, or None where ``x`` lies on no explicit mesh.
+
+    Args:
+      x: the left operand.
+      rows: its axes of rows.
+      contract: its contracted axes.
+      spec: of the result, (B, *rows, N).
+    """
+    where = placement(x)
+    if where is None:
+        return None
+    _, *of_rows, of_n = (axes_in(entry) for entry in spec)
+    of_k = {name for axis in contract for name in axes_in(where.spec[axis])}
+    return Outcome(
+        NamedSharding(where.mesh, PartitionSpec(*spec)),
+        tuple(tuple(n for n in axes_in(where.spec[axis]) if n in of_n) for axis in rows),
+        tuple(tuple(n for n in names if n in of_k) for names in of_rows),
+    )
+
+
+def whole(x: Any, axes: Sequence[tuple[str, ...]], first: int) -> Any:
+    """Arrays whose axes from ``first`` on are not divided by these of the mesh, each by its own."""
+
+    def one(x: jax.Array) -> jax.Array:
+        where = placement(x)
+        if where is None:
+            return x
+        spec = list(where.spec)
+        for i, dropped in enumerate(axes, first):
+            kept = tuple(name for name in axes_in(spec[i]) if name not in dropped)
+            spec[i] = kept[0] if len(kept) == 1 else kept or None
+        return placed(x, NamedSharding(where.mesh, PartitionSpec(*spec)))
+
+    return jax.tree.map(one, x)
 
 
 def placement_of_product(

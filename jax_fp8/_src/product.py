@@ -26,7 +26,7 @@ from jax_fp8._src.epilogue import NOT_DIFFERENTIABLE, is_primal
 from jax_fp8._src.health import HealthProbe, no_stats, stats_of
 from jax_fp8._src.layouts import quantize_layouts, transpose, turn
 from jax_fp8._src.partition import vary_alike
-from jax_fp8._src.placement import placed, placement_of_product
+from jax_fp8._src.placement import Outcome, placed, placement_of_product, whole
 from jax_fp8._src.quantize import dequantize
 from jax_fp8._src.recipe import Backward, Operand, Recipe
 from jax_fp8._src.scaled_array import ScaledArray
@@ -84,6 +84,8 @@ class ProductConfig:
     implementation: str | None
     #: How the wide operands lie on an explicit mesh, as their gradients must; None: as they come.
     placements: tuple[Any, Any] | None = None
+    #: How the result is to lie on an explicit mesh; None: as the operands say.
+    outcome: Outcome | None = None
 
 
 @functools.cache
@@ -152,8 +154,11 @@ def _run(
         y = multiply_wide(x.wide, w.wide, contract, config.out_dtype, precision)
     else:
         left = x.forward if x.forward is not None else _contract_last(config, x.wide)
+        if config.outcome is not None:
+            left = whole(left, config.outcome.of_x, 1)
         y = _multiply(config, left, w.forward, config.out_dtype, config.precision)
-    return placed(y, _placement(config, x, w)), x, w
+    where = _placement(config, x, w) if config.outcome is None else config.outcome.where
+    return placed(y, where), x, w
 
 
 def _placement(config: ProductConfig, x: Side, w: Side) -> Any:
@@ -282,6 +287,9 @@ def _compute_gradients(config: ProductConfig, residuals: Any, dy: jax.Array) -> 
         dy_x, dy_w = _scaled(dy, factor_w), _scaled(dy, factor_x)
         straight, _, _ = quantize(dy_x, of_dgrad, None)
         _, transposed, _ = quantize(dy_w, None, of_wgrad)
+    if config.outcome is not None:
+        straight = whole(straight, config.outcome.of_gradient, 1)
+        transposed = whole(transposed, config.outcome.of_gradient, 2)
     dx = dw = None
     if kept_w is not None:
         dx = _input_gradient(config, dy_x if straight is None else straight, other_w)
@@ -349,6 +357,8 @@ def _weight_gradient(config: ProductConfig, dy: Any, x: Any) -> jax.Array:
     """``dw``, with its axes in the order of ``w``; ``dy`` in FP8 is transposed, (N, *M)."""
     last, dtype = config.contract_last[1], config.dtypes[1]
     if isinstance(x, ScaledArray):
+        if config.outcome is not None:
+            x = whole(x, config.outcome.of_x, 2)
         a, b = (dy, x) if last else (x, dy)
         return _multiply(config, a, b, dtype, "highest", contracted=x.ndim - 2)
     x_free_last = config.dtypes[0] is None or not config.contract_last[0]
