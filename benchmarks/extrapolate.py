@@ -96,7 +96,8 @@ def parts(rows: list[Row]) -> list[str]:
             # Of a layer, whose collectives are in the loop over layers. Each device has its rows.
             compute = one["us"] / row["devices"] / row["layers"]
             gathered = _bytes(row, "all-gather")
-            summed = _bytes(row, "all-reduce") or row["devices"] * _bytes(row, "reduce-scatter")
+            # A reduce-scatter leaves each device its part.
+            summed = _bytes(row, "all-reduce") + row["devices"] * _bytes(row, "reduce-scatter")
             both = hybrid_us(compute, gathered, summed, rate, NETWORK_BYTES_PER_S)
             add(f"MLPs, gradients, on {FLEET}", row["variant"], compute, *both)
         elif row["part"].startswith("GPT") and row["devices"] > 1:

@@ -66,7 +66,8 @@ def made_up(two=0.5, tokens=1.9, gathered=0.5):
         moved = {"all-reduce bf16": 64.0}
         add("MLP, tensor parallel", 64, 2, variant, 100.0 * two, off=1e-3, moved=moved)
     for variant, share in (("bf16", 1.0), ("rowwise", gathered)):
-        moved = {"all-gather bf16": 100.0 * share, "all-reduce bf16": 80.0}
+        moved = {"all-gather bf16": 100.0 * share, "reduce-scatter bf16": 35.0}
+        moved["all-reduce s32"] = 10.0
         add("MLPs, gradients, FSDP", 128, 1, variant, 200.0, layers=2)
         add("MLPs, gradients, FSDP", 128, 2, variant, 120.0, moved=moved, layers=2)
         add("GPT, data parallel", 64, 1, variant, 100.0)
