@@ -124,6 +124,15 @@ for name, (specs, rows, sums, gathered) in PLACES.items():
         found = moved(step)
         assert found == expected(maxima, sums, gathered, scales), (name, found)
         assert_near(step(*placed), want, specs)
+
+        def statistics(probe, x, w, **options):
+            return (multiply(x, w, probe=probe, **options) ** 2).mean()
+
+        probed = functools.partial(jax.grad(statistics), jax_fp8.health_probe())
+        alone = jax.jit(probed)(x, w)
+        got = jax.jit(functools.partial(probed, **options))(*placed[:2])
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-3)
 """
 
 

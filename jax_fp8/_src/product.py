@@ -154,8 +154,7 @@ def _run(
         y = multiply_wide(x.wide, w.wide, contract, config.out_dtype, precision)
     else:
         left = x.forward if x.forward is not None else _contract_last(config, x.wide)
-        if config.outcome is not None:
-            left = whole(left, config.outcome.of_x, 1)
+        left = _whole(config, "of_x", left, 1)
         y = _multiply(config, left, w.forward, config.out_dtype, config.precision)
     where = _placement(config, x, w) if config.outcome is None else config.outcome.where
     return placed(y, where), x, w
@@ -169,6 +168,11 @@ def _placement(config: ProductConfig, x: Side, w: Side) -> Any:
         values.append(side.forward.data if side.wide is None else side.wide)
         contract.append((values[-1].ndim - 1 if last else 1,))
     return placement_of_product(values[0], values[1], contract, ((0,), (0,)))
+
+
+def _whole(config: ProductConfig, which: str, x: Any, first: int) -> Any:
+    """An operand of a product, brought together where the outcome of the first takes that."""
+    return x if config.outcome is None else whole(x, getattr(config.outcome, which), first)
 
 
 def _contract_last(config: ProductConfig, x: jax.Array) -> jax.Array:
@@ -287,9 +291,6 @@ def _compute_gradients(config: ProductConfig, residuals: Any, dy: jax.Array) -> 
         dy_x, dy_w = _scaled(dy, factor_w), _scaled(dy, factor_x)
         straight, _, _ = quantize(dy_x, of_dgrad, None)
         _, transposed, _ = quantize(dy_w, None, of_wgrad)
-    if config.outcome is not None:
-        straight = whole(straight, config.outcome.of_gradient, 1)
-        transposed = whole(transposed, config.outcome.of_gradient, 2)
     dx = dw = None
     if kept_w is not None:
         dx = _input_gradient(config, dy_x if straight is None else straight, other_w)
@@ -345,6 +346,7 @@ def _input_gradient(config: ProductConfig, dy: Any, w: Any) -> jax.Array:
         dx = multiply_wide(dy, w, contract, dtype, lax.Precision.HIGHEST)
         return dx if last else dx.mT
     if isinstance(dy, ScaledArray):
+        dy = _whole(config, "of_gradient", dy, 1)
         a, b = (dy, w) if last else (w, dy)
         return _multiply(config, a, b, dtype, "highest")
     if dy.dtype == jnp.float32:  # FP8 weights are multiplied by 16-bit values.
@@ -357,8 +359,7 @@ def _weight_gradient(config: ProductConfig, dy: Any, x: Any) -> jax.Array:
     """``dw``, with its axes in the order of ``w``; ``dy`` in FP8 is transposed, (N, *M)."""
     last, dtype = config.contract_last[1], config.dtypes[1]
     if isinstance(x, ScaledArray):
-        if config.outcome is not None:
-            x = whole(x, config.outcome.of_x, 2)
+        x, dy = _whole(config, "of_x", x, 2), _whole(config, "of_gradient", dy, 2)
         a, b = (dy, x) if last else (x, dy)
         return _multiply(config, a, b, dtype, "highest", contracted=x.ndim - 2)
     x_free_last = config.dtypes[0] is None or not config.contract_last[0]
