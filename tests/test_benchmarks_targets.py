@@ -79,8 +79,8 @@ def missed(name, **changed):
     return [str(verdict) for verdict in verdicts if not verdict.passed]
 
 
-#: Those of training, gpt and decoder are in tests of their own.
-ELSEWHERE = ("compile", "fused", "training", "gpt", "decoder")
+#: Those of training, gpt, decoder and parallel are in tests of their own.
+ELSEWHERE = ("compile", "fused", "training", "gpt", "decoder", "parallel")
 
 
 @pytest.mark.parametrize("name", [name for name in targets.CHECKS if name not in ELSEWHERE])
