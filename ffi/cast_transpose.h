@@ -16,10 +16,9 @@ struct CastTranspose {
   bool power_of_two;
   const void* x;
   Type x_type;
-  const float* given;  // Static scales of whole tensors, or null for dynamic ones.
-  const uint32_t*
-      known;             // With row scales: amaxes as in the scratch, or null where they are found.
-  const uint32_t* keys;  // Two words for each entry, or null for rounding to nearest even.
+  const float* given;     // Static scales of whole tensors, or null for dynamic ones.
+  const uint32_t* known;  // Amaxes for row scales, as in the scratch, or null: found here.
+  const uint32_t* keys;   // Two words for each entry, or null for rounding to nearest even.
   uint8_t *straight, *transposed;
   Type data_type;
   float *straight_scale, *transposed_scale;

@@ -178,10 +178,11 @@ def cast_transpose(
         _result(x, scale_shapes[0] if needs_amax else (0,), jnp.float32),
         _result(x, (scratch,), jnp.uint32),
     )
+    given = known if scale is None else scale
     call = jax.ffi.ffi_call("jax_fp8_cast_transpose", results)
     return call(
         x,
-        next((a for a in (scale, known) if a is not None), jnp.zeros((0,), jnp.float32)),
+        jnp.zeros((0,), jnp.float32) if given is None else given,
         jnp.zeros((0,), jnp.uint32) if key is None else key,
         entries=np.int64(entries),
         block_rows=np.int64(block[0]),
