@@ -108,9 +108,12 @@ def moved(text):
         match = re.search(rf" = (.*?) ({COLLECTIVES})(-start)?\(", line)
         if not match:
             continue
-        # Of the pair that a start gives, operands and results, the last half are the results.
         arrays = re.findall(r"(\w+)\[([\d,]*)\]", match.group(1))
-        for dtype, shape in arrays[len(arrays) // 2 :] if match.group(3) else arrays:
+        # Of the pair that a start gives, operands and results, the last half are the results; but
+        # that of a sum gives the results alone.
+        if match.group(3) and match.group(2) != "all-reduce":
+            arrays = arrays[len(arrays) // 2 :]
+        for dtype, shape in arrays:
             key = f"{match.group(2)} {dtype}"
             count = int(np.prod([int(n) for n in shape.split(",") if n]))
             found[key] = found.get(key, 0) + 1e-6 * count * sizes.get(dtype, 4)

@@ -1,12 +1,70 @@
-"""What a compiled program moves between the devices of a mesh."""
+"""Meshes of eight devices that the CPU pretends, and what a program moves between its devices.
 
+A script on a mesh runs in a process of its own, which has the names of PREAMBLE.
+"""
+
+import inspect
 import math
+import pathlib
 import re
 
 import jax
+import pytest
+from cases import run_script
+
+EIGHT = {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # They take longer than they save here.
+}
+
+PREAMBLE = """
+import functools
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import jax_fp8
+import references as ref
+from cases import operand, scaled
+from mesh_cases import compiled, counted, moved
+
+assert len(jax.devices()) == 8
+rng = np.random.default_rng(0)
+AMAX = "all-reduce s32"
+
+def put(x, mesh, *axes):
+    return jax.device_put(x, NamedSharding(mesh, P(*axes)))
+
+def message_of(function, *operands):
+    try:
+        function(*operands)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+"""
+
+KINDS = pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+
+
+def run(script):
+    here = str(pathlib.Path(__file__).parent)
+    code = f"import sys; sys.path.append({here!r})\n" + PREAMBLE + inspect.cleandoc(script)
+    return run_script(code, **EIGHT)
+
+
+def check(script, kind):
+    """Runs it with a ``mesh`` of that kind, whose axis ``a`` has two devices and ``b`` four."""
+    mesh = f"""
+kind = AxisType.{kind}
+mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind,) * 2)
+"""
+    run(mesh + script)
+
+
+# --- What moves -----------------------------------------------------------------------------------
 
 _INSTRUCTION = re.compile(
-    r"= (\(.*?\)|\S+) ((?:ragged-)?all-[\w-]+|reduce-scatter[\w-]*|collective-[\w-]+)\("
+    r" = (\(.*?\)|\S+) ((?:ragged-)?all-[\w-]+?|reduce-scatter|collective-[\w-]+?)(-start)?\("
 )
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 
@@ -24,9 +82,22 @@ def moved(program):
     found = {}
     for line in program.as_text().splitlines():
         match = _INSTRUCTION.search(line)
-        for dtype, sizes in _ARRAY.findall(match.group(1)) if match else ():
+        if not match or match.group(2).endswith("-done"):
+            continue
+        arrays = _ARRAY.findall(match.group(1))
+        # Of the pair that a start gives, operands and results, the last half are the results; but
+        # that of a sum gives the results alone.
+        if match.group(3) and match.group(2) != "all-reduce":
+            arrays = arrays[len(arrays) // 2 :]
+        for dtype, sizes in arrays:
             # A CPU gathers FP8 as float16.
             key = f"{match.group(2)} {'fp8' if dtype == 'f16' else dtype}"
             size = math.prod(int(size) for size in sizes.split(",") if size)
             found.setdefault(key, []).append(size)
     return {key: sorted(sizes) for key, sizes in found.items()}
+
+
+def counted(function, *operands):
+    """How many arrays collectives make, by name and dtype."""
+    program = compiled(function, *operands)
+    return {key: len(sizes) for key, sizes in moved(program).items()}

@@ -324,10 +324,13 @@ def test_a_mesh(tmp_path, rng):
 
 
 def test_the_host_holds_one_tensor_at_a_time(tmp_path):
-    """24 files of two tensors of 2 MiB: beyond the arrays themselves, less than a file and one."""
+    """16 files of three tensors of 2 MiB: beyond the arrays themselves, less than a file and one.
+
+    The map and the copy of a tensor are 4 MiB, and JAX may still be letting the copy before go.
+    """
     mib = 2**20
     stored = {f"x{i}": np.full((2 * mib,), i % 128, np.uint8) for i in range(48)}
-    write(tmp_path, stored, files=24)
+    write(tmp_path, stored, files=16)
     in_a_process(
         f"""
         import resource, jax, numpy as np
@@ -352,7 +355,7 @@ def test_the_host_holds_one_tensor_at_a_time(tmp_path):
         jax.device_put = watched
         tensors = checkpoint.load({str(tmp_path)!r}).tensors
         assert len(tensors) == 48 and held == 96 * {mib}, held
-        assert peak < 6 * {mib}, peak / {mib}
+        assert peak < 8 * {mib}, peak / {mib}
         """
     )
 

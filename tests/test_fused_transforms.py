@@ -5,7 +5,8 @@ import pathlib
 
 import pytest
 from cases import run_script
-from test_partition import MESH, run
+from mesh_cases import run
+from test_partition import MESH
 
 HERE = str(pathlib.Path(__file__).parent)
 

@@ -1,45 +1,7 @@
 """Meshes, on eight devices that the CPU pretends: each script runs in a process of its own."""
 
-import inspect
-import pathlib
-
 import pytest
-from cases import run_script
-
-EIGHT = {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "JAX_PLATFORMS": "cpu",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # They take longer than they save here.
-}
-
-PREAMBLE = """
-import functools
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-import jax_fp8
-import references as ref
-from cases import operand, scaled
-
-assert len(jax.devices()) == 8
-rng = np.random.default_rng(0)
-
-def put(x, mesh, *axes):
-    return jax.device_put(x, NamedSharding(mesh, P(*axes)))
-
-def message_of(function, *operands):
-    try:
-        function(*operands)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
-
-"""
-
-
-def run(script):
-    here = str(pathlib.Path(__file__).parent)
-    code = f"import sys; sys.path.append({here!r})\n" + PREAMBLE + inspect.cleandoc(script)
-    return run_script(code, **EIGHT)
+from mesh_cases import run
 
 
 @pytest.mark.parametrize("named", [("None", "None"), ("'kernel'", "'naive'")], ids=["xla", "naive"])

@@ -1,7 +1,7 @@
 """The fused producers over meshes: the values of one device, and what the README says moves."""
 
 import pytest
-from test_sharding import KINDS, check
+from mesh_cases import KINDS, check
 
 #: As functions of x, a residual, a weight and a bias, and how many of these go with x's last axis.
 FUNCTIONS = """
@@ -53,7 +53,7 @@ for name, (function, brought) in functions(implementation=implementation, **opti
                 *(put(array, mesh, *spec) for array in (x, residual)),
                 *(put(array, mesh, *of_vectors) for array in vectors),
             )
-            found = collectives(function, *operands)
+            found = counted(function, *operands)
             assert found == {k: n for k, n in stated.items() if n}, (name, spec, found)
             got = run(*operands)
             ref.assert_same_trees(got, want)
@@ -204,7 +204,7 @@ def gelu(x):
 want = jax.tree.map(np.asarray, gelu(x))
 with jax.set_mesh(mesh):
     operand = put(x, mesh, "b", "a")
-    assert collectives(gelu, operand) == {"all-gather f32": 1}
+    assert counted(gelu, operand) == {"all-gather f32": 1}
     ref.assert_same_trees(jax.jit(gelu)(operand), want)
     message = message_of(lambda: put(x, mesh, ("a", "b")))
     assert "Error: " in message and "partitioned 8 times" in message, message

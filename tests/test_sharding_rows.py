@@ -5,11 +5,9 @@ three axes ``a``, ``b`` and ``c`` each has two.
 """
 
 import pytest
-from test_sharding import KINDS, check
+from mesh_cases import KINDS, check
 
 ROWS = """
-from mesh_cases import compiled, moved
-
 small = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(kind,) * 3)
 B, S, K, N = 8, 512, 512, 256
 x = rng.standard_normal((B, S, K)).astype(np.float32)
@@ -232,8 +230,6 @@ def test_layers(kind):
         """
 import jax_fp8.nnx
 from flax import nnx
-from mesh_cases import compiled, moved
-
 small = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(kind,) * 3)
 x = rng.standard_normal((8, 16, 64)).astype(np.float32)
 layers = nnx.Linear(64, 128, rngs=nnx.Rngs(0)), nnx.Linear(128, 64, rngs=nnx.Rngs(1))
@@ -307,8 +303,6 @@ def test_vmap(kind):
     """Entries that are divided too have amaxes of their own."""
     check(
         """
-from mesh_cases import compiled, moved
-
 small = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(kind,) * 3)
 x = rng.standard_normal((4, 8, 16, 64)).astype(np.float32)
 x *= np.array([1, 30, 0.02, 5], np.float32)[:, None, None, None]
