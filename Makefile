@@ -104,8 +104,8 @@ TAG_3.13 := cp312-abi3
 LEAVE_OUT ?=
 FOUND = $(foreach v,$(filter-out $(LEAVE_OUT),3.11 3.12 3.13),$(if $(shell python$(v) -c 'print(1)' 2>/dev/null),$(v)))
 MAX_WHEEL_BYTES := 20000000
-# The numbers of the kernels are tested with the releases of jax at both ends.
-SELECTED_3.12 := not slow and not values
+# Numbers of the kernels, and programs over meshes, are tested with the releases of jax at both ends.
+SELECTED_3.12 := not slow and not ends
 
 compat: $(FOUND:%=compat-%)
 	@test -n "$(FOUND)" || { echo "compat: no python3.11, 3.12 or 3.13 on PATH" >&2; exit 1; }

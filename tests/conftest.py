@@ -29,6 +29,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU")
     config.addinivalue_line("markers", "multigpu: needs two GPUs or more")
     config.addinivalue_line("markers", "slow: compiles or trains for long")
+    config.addinivalue_line("markers", "ends: many numbers or compilations")
     # Thousands of problems, few of which are about the choice of cublasLt's algorithm.
     import jax_fp8
 

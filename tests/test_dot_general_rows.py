@@ -12,6 +12,8 @@ from cases import pair_id, quick_compilation, scaled
 
 import jax_fp8
 
+pytestmark = pytest.mark.ends
+
 SEVERAL, ONE = (((3,), (0,)), ((), ())), (((1,), (0,)), ((), ()))
 
 

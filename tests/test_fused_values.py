@@ -9,7 +9,7 @@ from cases import on_gpu, pair_id, sample
 
 import jax_fp8
 
-pytestmark = pytest.mark.values
+pytestmark = pytest.mark.ends
 
 PRODUCERS = ("rms_norm", "layer_norm", "swiglu", "gelu")
 NORMS = PRODUCERS[:2]

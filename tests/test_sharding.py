@@ -6,6 +6,8 @@ Each script runs on eight devices that the CPU pretends. ``a`` has two devices, 
 import pytest
 from mesh_cases import KINDS, check, run
 
+pytestmark = pytest.mark.ends
+
 QUANTIZED = """
 x = rng.standard_normal((16, 32, 512)).astype(np.float32)
 x[0, 0, 0] = 100.0  # The amax is on one device.

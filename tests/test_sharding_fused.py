@@ -3,6 +3,8 @@
 import pytest
 from mesh_cases import KINDS, check
 
+pytestmark = pytest.mark.ends
+
 #: As functions of x, a residual, a weight and a bias, and how many of these go with x's last axis.
 FUNCTIONS = """
 def functions(**options):

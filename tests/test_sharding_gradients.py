@@ -6,6 +6,8 @@ Each script runs on eight devices that the CPU pretends. ``a`` has two devices, 
 import pytest
 from mesh_cases import KINDS, check
 
+pytestmark = pytest.mark.ends
+
 GRADIENTS = """
 B, S, K, N = 8, 64, 512, 256
 x = rng.standard_normal((B, S, K)).astype(np.float32)

@@ -7,6 +7,8 @@ three axes ``a``, ``b`` and ``c`` each has two.
 import pytest
 from mesh_cases import KINDS, check
 
+pytestmark = pytest.mark.ends
+
 ROWS = """
 small = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(kind,) * 3)
 B, S, K, N = 8, 512, 512, 256

@@ -14,6 +14,8 @@ import jax_fp8
 import jax_fp8.linen
 import jax_fp8.nnx
 
+pytestmark = pytest.mark.ends
+
 SIZE = 3
 FLAX = (((1,), (0,)), ((), ()))
 
