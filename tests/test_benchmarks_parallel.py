@@ -3,7 +3,9 @@
 import json
 import pathlib
 import sys
+import types
 
+import mesh_cases
 import pytest
 from cases import run_script
 
@@ -51,6 +53,32 @@ def test_rows():
         if row["devices"] == 2:  # All gradients are summed, so the batch was divided.
             assert row["moved"]["all-reduce f32"] > 0.64 * 1e-6 * 4 * row["parameters"]
             assert row["off"] is None or row["off"] < 1e-3
+
+
+ASYNCHRONOUS = """
+  %sum = (f32[4]{0}, bf16[8,2]{1,0}) all-reduce-start(%a, %b), to_apply=%add
+  %done = (f32[4]{0}, bf16[8,2]{1,0}) all-reduce-done(%sum)
+  %one = (f8e4m3fn[4]{0}, f8e4m3fn[8]{0}) all-gather-start(%a), dimensions={0}
+  %two = ((f8e4m3fn[4]{0}, f32[1]{0}), (f8e4m3fn[8]{0}, f32[2]{0})) all-gather-start(%a, %b)
+  %whole = f8e4m3fn[8]{0} all-gather-done(%one)
+  ROOT %part = bf16[6]{0} reduce-scatter(%c)
+"""
+
+
+def test_asynchronous_collectives_count_once_and_by_their_results():
+    """Of a gather's start the operands stand before the results; of a sum's they do not."""
+    program = types.SimpleNamespace(as_text=lambda: ASYNCHRONOUS)
+    results = {
+        "all-reduce f32": [4],
+        "all-reduce bf16": [16],
+        "all-gather f8e4m3fn": [8, 8],
+        "all-gather f32": [2],
+        "reduce-scatter bf16": [6],
+    }
+    assert mesh_cases.moved(program) == results
+    width = {"f32": 4, "bf16": 2, "f8e4m3fn": 1}
+    in_mb = {key: 1e-6 * sum(n) * width[key.split()[1]] for key, n in results.items()}
+    assert parallel._example().moved(ASYNCHRONOUS) == pytest.approx(in_mb)
 
 
 def made_up(two=0.5, tokens=1.9, gathered=0.5):
