@@ -43,6 +43,17 @@ def message_of(function, *operands):
 
 """
 
+#: For what runs inside of shard_map: code in the middle of a script, after one device's results.
+MESH = """
+mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.{axis_type},))
+jax.set_mesh(mesh)
+
+def sharded(function, in_specs, out_specs):
+    return jax.jit(jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=True
+    ))
+"""
+
 KINDS = pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 
 

@@ -5,8 +5,7 @@ import pathlib
 
 import pytest
 from cases import run_script
-from mesh_cases import run
-from test_partition import MESH
+from mesh_cases import MESH, run
 
 HERE = str(pathlib.Path(__file__).parent)
 

@@ -1,7 +1,7 @@
 """Meshes, on eight devices that the CPU pretends: each script runs in a process of its own."""
 
 import pytest
-from mesh_cases import run
+from mesh_cases import MESH, run
 
 
 @pytest.mark.parametrize("named", [("None", "None"), ("'kernel'", "'naive'")], ids=["xla", "naive"])
@@ -66,15 +66,6 @@ OPERANDS = """
 x = operand(rng, (6, 64), granularity="row")
 w = operand(rng, (32, 64), granularity="row")
 fp8 = dict(preferred_element_type=jnp.float8_e4m3fn, output_scale=0.5, return_amax=True)
-"""
-MESH = """
-mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.{axis_type},))
-jax.set_mesh(mesh)
-
-def sharded(function, in_specs, out_specs):
-    return jax.jit(jax.shard_map(
-        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=True
-    ))
 """
 
 

@@ -106,6 +106,11 @@ def axes_in(entry: Any) -> tuple[str, ...]:
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
+def entry_of(names: tuple[str, ...]) -> Any:
+    """The entry of a PartitionSpec for these axes."""
+    return names[0] if len(names) == 1 else names or None
+
+
 def name_of(dimension: str | None) -> str | None:
     """The factor of a dimension."""
     return dimension and dimension.rstrip("*")
@@ -133,8 +138,7 @@ def specs_of(dimensions: Sequence[Dimensions], axes: Axes) -> tuple[PartitionSpe
     """How arrays lie whose factors are divided by these axes."""
 
     def entry(dimension: str | None) -> Any:
-        names = axes.get(name_of(dimension) or "", ())
-        return names[0] if len(names) == 1 else names or None
+        return entry_of(axes.get(name_of(dimension) or "", ()))
 
     return tuple(PartitionSpec(*map(entry, array)) for array in dimensions)
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_fp8._src.partition import axes_in
+from jax_fp8._src.partition import axes_in, entry_of
 
 
 def placement(x: Any) -> NamedSharding | None:
@@ -83,8 +83,7 @@ def whole(x: Any, axes: Sequence[tuple[str, ...]], first: int) -> Any:
             return x
         spec = list(where.spec)
         for i, dropped in enumerate(axes, first):
-            kept = tuple(name for name in axes_in(spec[i]) if name not in dropped)
-            spec[i] = kept[0] if len(kept) == 1 else kept or None
+            spec[i] = entry_of(tuple(name for name in axes_in(spec[i]) if name not in dropped))
         return placed(x, NamedSharding(where.mesh, PartitionSpec(*spec)))
 
     return jax.tree.map(one, x)
@@ -112,7 +111,7 @@ def placement_of_product(
         for axis in (*batch[0], *free) if index == 0 else free:
             names = tuple(name for name in axes_in(spec[axis]) if name not in used)
             used.update(names)
-            entries.append(names[0] if len(names) == 1 else names or None)
+            entries.append(entry_of(names))
     return NamedSharding(mesh, PartitionSpec(*entries))
 
 
