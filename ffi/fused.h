@@ -60,7 +60,7 @@ __host__ __device__ inline float gelu(float x) {
 __host__ __device__ inline float reciprocal_deviation(float mean, float eps) {
   if ((float_bits(mean) & 0x7f800000u) == 0x7f800000u) return bits_float(0x7fc00000u);
 #ifdef __CUDA_ARCH__
-  return __frsqrt_rn(mean + eps);
+  return __frsqrt_rn(__fadd_rn(mean, eps));
 #else
   return 1.0f / std::sqrt(mean + eps);
 #endif

@@ -55,12 +55,13 @@ __global__ void __launch_bounds__(1024) general_kernel(Fused f, Pass pass) {
       return combine_groups<1>(parts, blockDim.x / kWarp);
     };
     if constexpr (Producer::kCentered) {
-      mean = share * row_sum(sum_parts[0], [&](int64_t, int) { return pack_total(values); });
+      mean =
+          __fmul_rn(share, row_sum(sum_parts[0], [&](int64_t, int) { return pack_total(values); }));
     }
     const float moment = row_sum(sum_parts[1], [&](int64_t, int count) {
       return pack_moment<Producer>(values, mean, count);
     });
-    factor = reciprocal_deviation(share * moment, f.eps);
+    factor = reciprocal_deviation(__fmul_rn(share, moment), f.eps);
     if constexpr (Producer::kResidual) {
       each([&](int64_t column, int count) {
         auto* const target = static_cast<typename Native<in>::type*>(f.sum) + start + column;

@@ -227,7 +227,7 @@ __device__ inline float lanes_combine(float (&values)[count], Combine combine) {
 // A row is added up in one order, which follows from its length alone: each pack as a tree, the 32
 // packs of a group as a tree, groups 32 apart one after the other, and these 32 sums as a tree. So
 // neither other dimensions nor addresses change a bit.
-constexpr int kMaxGroups = 64;
+constexpr int kMaxGroups = 128;
 
 // `groups` sums, one for each group, in `parts`; up to `most` times 32 of them.
 template <int most>

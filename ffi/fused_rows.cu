@@ -4,15 +4,28 @@
 namespace jax_fp8::fused {
 namespace {
 
+// Threads of a block at most, so that the registers suffice.
+template <typename Producer>
+constexpr int most_threads(int packs) {
+  return packs < 4 ? 1024 : Producer::kCentered ? 768 : 896;
+}
+
+// A value that stays in its register: the compiler would rather compute it again than keep it.
+__device__ inline float kept(float value) {
+  asm volatile("" : "+f"(value));
+  return value;
+}
+
 // blockDim = (threads of a row, rows of a block), the threads being whole warps. Column c of the
 // result is in pack c / 8, which thread pack % blockDim.x has. The blocks along x share the rows;
 // those along y, each with columns of its own, are for passes that need not know a row whole.
 // While one row is worked on, the next one is on its way into registers.
 //
-// Regular: one batch entry, threads * packs packs in each row, a row for each block, and weights of
-// x's type. To know this takes a sixth of the instructions away.
-template <typename Producer, Type in, int packs, bool regular>
-__global__ void __launch_bounds__(packs == 4 ? 896 : 1024) row_kernel(Fused f, Pass pass) {
+// Regular: one batch entry, threads * packs packs in each row, a row for each block, weights of x's
+// type, and E4M3 of the `known` pass. To know this takes a third of the instructions away.
+template <typename Producer, Type in, int packs, bool regular, Pass known>
+__global__ void __launch_bounds__(most_threads<Producer>(packs)) row_kernel(Fused f, Pass asked) {
+  const Pass pass = regular ? known : asked;
   using T = typename Native<in>::type;
   const int rows = static_cast<int>(f.batch * f.rows), cols = static_cast<int>(f.cols);
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -20,17 +33,20 @@ __global__ void __launch_bounds__(packs == 4 ? 896 : 1024) row_kernel(Fused f, P
   const int reach = blockDim.x * kWidth;  // From one pack of a thread to its next.
   const auto has = [&](int p) { return regular || column + p * reach < cols; };
   const float share = 1.0f / static_cast<float>(cols);
+  const Type data_type = regular ? Type::kE4M3 : f.data_type;
   const bool of_row = pass == Pass::kRow || pass == Pass::kAmax;
   // Twice, so that a warp may begin with the next row while another still reads.
   __shared__ float sum_parts[2][2][kMaxGroups];
   __shared__ uint32_t amax_parts[2][kWarp];
 
   // The last rows first after a pass over all of them: these may still be in the L2 cache.
-  const int rows_grid = gridDim.x * blockDim.y;  // Of all blocks together.
+  const int rows_grid = gridDim.x * (regular ? 1 : blockDim.y);  // Of all blocks together.
   const int step = pass == Pass::kTensor ? -rows_grid : rows_grid;
-  const int turn = blockIdx.x * blockDim.y + threadIdx.y;
+  const int own_row = regular ? 0 : threadIdx.y;  // Of those of the block.
+  const int turn = blockIdx.x * (regular ? 1 : blockDim.y) + own_row;
   int row = pass == Pass::kTensor ? rows - 1 - turn : turn;
   int64_t at = int64_t{row} * cols + column;
+  const int64_t step_at = int64_t{step} * cols;
 
   Pack<in, kWidth> first[packs] = {}, second[packs] = {};
   const auto fetch = [&](int64_t at) {
@@ -53,7 +69,7 @@ __global__ void __launch_bounds__(packs == 4 ? 896 : 1024) row_kernel(Fused f, P
 
   // All rows of a block take as many turns.
   int turns = (rows - 1 - static_cast<int>(blockIdx.x * blockDim.y)) / rows_grid + 1;
-  for (int parity = 0; turns > 0; --turns, row += step, at += int64_t{step} * cols, parity ^= 1) {
+  for (int parity = 0; turns > 0; --turns, row += step, at += step_at, parity ^= 1) {
     const bool inside = regular || is_row(row);
     const int entry = regular || f.batch == 1 || !inside ? 0 : row / static_cast<int>(f.rows);
 
@@ -71,7 +87,7 @@ __global__ void __launch_bounds__(packs == 4 ? 896 : 1024) row_kernel(Fused f, P
         values[p][e] = Producer::value(first[p][e], Producer::kParts == 2 ? second[p][e] : 0.0f);
       }
     }
-    if (is_row(row + step)) fetch(at + int64_t{step} * cols);
+    if (is_row(row + step)) fetch(at + step_at);
 
     // What is reduced before the factor of a norm is known: a factor that is not negative, and
     // rounding, leave the order of magnitudes as it is.
@@ -80,7 +96,7 @@ __global__ void __launch_bounds__(packs == 4 ? 896 : 1024) row_kernel(Fused f, P
       amax = pack_amax(values[0]);
 #pragma unroll
       for (int p = 1; p < packs; ++p) amax = Larger()(amax, pack_amax(values[p]));
-      put_amax(amax, amax_parts[parity] + threadIdx.y * warps);
+      put_amax(amax, amax_parts[parity] + own_row * warps);
     };
     if constexpr (Producer::kNorm) {
       const auto row_sum = [&](int which, const float (&of_packs)[packs]) {
@@ -88,7 +104,7 @@ __global__ void __launch_bounds__(packs == 4 ? 896 : 1024) row_kernel(Fused f, P
 #pragma unroll
         for (int p = 0; p < packs; ++p) sums[p] = of_packs[p];
         const float sum = lanes_combine<kWarp>(sums, Add());
-        float* parts = sum_parts[parity][which] + threadIdx.y * packs * warps;
+        float* parts = sum_parts[parity][which] + own_row * packs * warps;
         if (lane % (kWarp / packs) == 0) parts[lane / (kWarp / packs) * warps + warp] = sum;
         __syncthreads();
         return combine_groups<packs>(parts, packs * warps);
@@ -97,11 +113,16 @@ __global__ void __launch_bounds__(packs == 4 ? 896 : 1024) row_kernel(Fused f, P
       if constexpr (Producer::kCentered) {
 #pragma unroll
         for (int p = 0; p < packs; ++p) sums[p] = pack_total(values[p]);
-        mean = share * row_sum(0, sums);
+        mean = __fmul_rn(share, row_sum(0, sums));
+#pragma unroll
+        for (int p = 0; p < packs; ++p) {
+#pragma unroll
+          for (int e = 0; e < kWidth; ++e) values[p][e] = kept(values[p][e] - mean);
+        }
       }
 #pragma unroll
       for (int p = 0; p < packs; ++p) {
-        sums[p] = has(p) ? pack_moment<Producer>(values[p], mean, kWidth) : 0.0f;
+        sums[p] = has(p) ? pack_moment<Producer>(values[p], 0.0f, kWidth) : 0.0f;
       }
       const int64_t place = int64_t{entry} * f.weight_stride + column;
       if constexpr (!Producer::kCentered) {
@@ -112,16 +133,16 @@ __global__ void __launch_bounds__(packs == 4 ? 896 : 1024) row_kernel(Fused f, P
           load_weights<true, regular, in>(f.weight, f.weight_type, place + p * reach, kWidth,
                                           weights);
 #pragma unroll
-          for (int e = 0; e < kWidth; ++e) values[p][e] = __fmul_rn(values[p][e], weights[e]);
+          for (int e = 0; e < kWidth; ++e) values[p][e] = kept(__fmul_rn(values[p][e], weights[e]));
         }
         if (of_row) take_amax();
       }
-      factor = reciprocal_deviation(share * row_sum(1, sums), f.eps);
+      factor = reciprocal_deviation(__fmul_rn(share, row_sum(1, sums)), f.eps);
       if constexpr (Producer::kCentered) {
 #pragma unroll
         for (int p = 0; p < packs; ++p) {
           if (!has(p)) continue;
-          shift_and_scale<true, regular, in>(f, place + p * reach, kWidth, mean, factor, values[p]);
+          shift_and_scale<true, regular, in>(f, place + p * reach, kWidth, 0.0f, factor, values[p]);
         }
         factor = 1.0f;
       }
@@ -132,10 +153,16 @@ __global__ void __launch_bounds__(packs == 4 ? 896 : 1024) row_kernel(Fused f, P
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) values[p][e] = __fmul_rn(values[p][e], factor);
       }
-      if (inside && has(p)) store_codes(f, at + p * reach, values[p], inverse);
+      if constexpr (regular) {
+        store_codes<Type::kE4M3, known == Pass::kGiven>(f.data + at + p * reach, values[p],
+                                                        inverse);
+      } else if (inside && has(p)) {
+        store_codes(f, at + p * reach, values[p], inverse);
+      }
     };
 
-    if (f.block_cols != 0) {
+    const bool strips = pass == Pass::kStrips || (pass == Pass::kGiven && f.block_cols != 0);
+    if (strips) {
       constexpr int share_lanes = kStrip / packs;  // Lanes with the scale of one pack.
       const int own = column + lane % kStrip / share_lanes * reach;  // In the strip of that pack.
       const bool has_own = inside && own - lane % kStrip * kWidth < cols;
@@ -145,7 +172,7 @@ __global__ void __launch_bounds__(packs == 4 ? 896 : 1024) row_kernel(Fused f, P
         float amaxes[packs];
 #pragma unroll
         for (int p = 0; p < packs; ++p) amaxes[p] = pack_amax(values[p]);
-        scale = dynamic_scale(lanes_combine<kStrip>(amaxes, Larger()) * factor, f.data_type);
+        scale = dynamic_scale(lanes_combine<kStrip>(amaxes, Larger()) * factor, data_type);
       } else if (has_own) {
         scale = f.given[place];
       }
@@ -164,12 +191,12 @@ __global__ void __launch_bounds__(packs == 4 ? 896 : 1024) row_kernel(Fused f, P
         take_amax();
         __syncthreads();
       }
-      amax = get_amax(amax_parts[parity] + threadIdx.y * warps) * factor;
+      amax = get_amax(amax_parts[parity] + own_row * warps) * factor;
       if (pass == Pass::kAmax) {
         if (inside && threadIdx.x == 0) amax_to_memory(f, entry, amax);
         continue;
       }
-      scale = dynamic_scale(amax, f.data_type);
+      scale = dynamic_scale(amax, data_type);
     } else if (inside) {
       scale = known_scale(f, pass, entry, row);
     }
@@ -192,21 +219,37 @@ int multiprocessors() {
   return count;
 }
 
-template <typename Producer, Type in, int packs, bool regular>
+template <typename Producer, Type in, int packs, bool regular, Pass known>
 cudaError_t launch(const Fused& f, Pass pass, const Spread& spread, cudaStream_t stream) {
   const int64_t rows = f.batch * f.rows;
   const int rows_block = std::max(1, 128 / spread.threads);
   int resident = 1;
   const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-      &resident, row_kernel<Producer, in, packs, regular>, spread.threads * rows_block, 0);
+      &resident, row_kernel<Producer, in, packs, regular, known>, spread.threads * rows_block, 0);
   if (error != cudaSuccess) return error;
   // No more than run at once: a last few would take as long as all the others.
   const int64_t most = std::max(1, resident * multiprocessors() / spread.parts);
   const int64_t blocks = std::min(ceil_div(rows, rows_block), most);
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(spread.parts));
-  row_kernel<Producer, in, packs, regular>
+  row_kernel<Producer, in, packs, regular, known>
       <<<grid, dim3(spread.threads, rows_block), 0, stream>>>(f, pass);
   return cudaGetLastError();
+}
+
+template <typename Producer, Type in, int packs>
+cudaError_t launch_regular(const Fused& f, Pass pass, const Spread& spread, cudaStream_t stream) {
+  switch (pass) {
+    case Pass::kGiven:
+      return launch<Producer, in, packs, true, Pass::kGiven>(f, pass, spread, stream);
+    case Pass::kRow:
+      return launch<Producer, in, packs, true, Pass::kRow>(f, pass, spread, stream);
+    case Pass::kStrips:
+      return launch<Producer, in, packs, true, Pass::kStrips>(f, pass, spread, stream);
+    case Pass::kAmax:
+      return launch<Producer, in, packs, true, Pass::kAmax>(f, pass, spread, stream);
+    default:
+      return launch<Producer, in, packs, true, Pass::kTensor>(f, pass, spread, stream);
+  }
 }
 
 // Few rows are spread over as many threads as there are packs; many give each thread several, so
@@ -223,23 +266,28 @@ Spread spread_of(const Fused& f, bool whole_rows, int many) {
 template <typename Producer, Type in>
 bool run(const Fused& f, Pass pass, cudaStream_t stream, cudaError_t* error) {
   // As many packs as fit into the registers of a thread, with as many threads as hide a load.
-  constexpr int many = Producer::kNorm || Producer::kParts == 2 || in == Type::kF32 ? 2 : 4;
+  constexpr bool twice = Producer::kResidual || Producer::kParts == 2 || in == Type::kF32;
+  constexpr int many = twice ? 2 : 4;
   const Spread spread = spread_of(f, Producer::kNorm || pass == Pass::kRow, many);
   if (!is_wide(f) || f.cols >= 1 << 24 || f.batch * f.rows >= 1 << 30 ||
-      spread.threads > (spread.packs == 4 ? 896 : 1024)) {
+      spread.threads > most_threads<Producer>(spread.packs)) {
     return false;
   }
-  const bool regular = f.batch == 1 && spread.threads >= 128 &&
+  // Of float32 there are twice the bytes to wait for: instructions count less.
+  constexpr bool narrow = in != Type::kF32;
+  const bool regular = narrow && f.batch == 1 && spread.threads >= 128 &&
                        f.cols == int64_t{spread.packs} * spread.threads * spread.parts * kWidth &&
-                       (f.weight == nullptr || f.weight_type == in) &&
+                       f.data_type == Type::kE4M3 && (f.weight == nullptr || f.weight_type == in) &&
                        (f.bias == nullptr || f.bias_type == in);
-  if (spread.packs == 1) {
-    *error = launch<Producer, in, 1, false>(f, pass, spread, stream);
-  } else if (regular) {
-    *error = launch<Producer, in, many, true>(f, pass, spread, stream);
-  } else {
-    *error = launch<Producer, in, many, false>(f, pass, spread, stream);
+  if constexpr (narrow) {
+    if (spread.packs == many && regular) {
+      *error = launch_regular<Producer, in, many>(f, pass, spread, stream);
+      return true;
+    }
   }
+  *error = spread.packs == 1
+               ? launch<Producer, in, 1, false, Pass::kRow>(f, pass, spread, stream)
+               : launch<Producer, in, many, false, Pass::kRow>(f, pass, spread, stream);
   return true;
 }
 
