@@ -117,7 +117,9 @@ __global__ void __launch_bounds__(most_threads<Producer>(packs)) row_kernel(Fuse
 #pragma unroll
         for (int p = 0; p < packs; ++p) {
 #pragma unroll
-          for (int e = 0; e < kWidth; ++e) values[p][e] = kept(values[p][e] - mean);
+          for (int e = 0; e < kWidth; ++e) {
+            values[p][e] = has(p) ? kept(values[p][e] - mean) : 0.0f;
+          }
         }
       }
 #pragma unroll
