@@ -2,6 +2,7 @@
 #include <type_traits>
 
 #include "ffi/finish.h"
+#include "ffi/gemv.h"
 #include "ffi/small_m.h"
 #include "ffi/small_m_device.h"
 
@@ -19,18 +20,15 @@ constexpr int kMaxStages = 8;
 //
 // A slot holds 128 bytes of each row, then the next 128 bytes. Of those, the 16 bytes at column i
 // of row r lie at column i ^ (r % 8), as box copies can lay them and no reader meets a bank twice.
-template <Type x_type, int blocks, int warps, int rows, int tokens, int chunk, bool boxes>
+template <Type x_type, int warps, int rows, int tokens, int chunk>
 struct Shape {
   static constexpr Type kXType = x_type;  // kE4M3 stands for both FP8 formats.
   static constexpr int kXWidth = kXType == Type::kE4M3 ? 1 : 2;
-  static constexpr int kBlocks = blocks;  // On a multiprocessor at a time.
   static constexpr int kWarps = warps, kThreads = 32 * warps;
   static constexpr int kRows = rows, kTokens = tokens, kTileRows = 16 * rows;
   static constexpr int kChunk = chunk, kParts = chunk / 128, kXParts = kParts * kXWidth;
   static constexpr int kPart = 128 * kTileRows, kXPart = 128 * 8 * kTokens;
   static constexpr int kSlot = kParts * kPart, kXSlot = kXParts * kXPart;
-  // One thread copies boxes, or all threads 16 bytes each, which is faster where X is small.
-  static constexpr bool kBoxes = boxes;
   // Fragments of rows whose sums fit into a slot.
   static constexpr int kFit = kSlot / (512 * kTokens), kPass = kFit < kRows ? kFit : kRows;
   static_assert(kPass > 0 && kChunk % 128 == 0);
@@ -71,20 +69,11 @@ __global__ void __launch_bounds__(S::kThreads)
   uint8_t* const x_ring =
       memory + S::kWarps * plan.stages * S::kSlot + warp * plan.x_slots * S::kXSlot;
   uint64_t* const full = barriers[warp];
-  if (lane < plan.stages) init_barrier(full + lane, S::kBoxes ? 1 : 32);
-  if (S::kBoxes) fence_boxes();
+  if (lane < plan.stages) init_barrier(full + lane, 1);
+  fence_boxes();
   __syncwarp();
 
   const uint64_t w_policy = policy_read_once(), x_policy = policy_read_often();
-  // What a lane copies where there are no boxes: 16 bytes of every fourth row.
-  const int copy_row = lane / 8, copy_column = lane % 8;
-  const int copy_offsets[2] = {copy_row * 128 + (copy_column ^ copy_row) * 16,
-                               copy_row * 128 + (copy_column ^ (copy_row + 4)) * 16};
-  const uint8_t* w_source =
-      p.w.data + (int64_t{b} * p.n + row_begin + copy_row) * p.k + first_k + copy_column * 16;
-  const uint8_t* x_source =
-      p.x.data + ((int64_t{b} * p.m + copy_row) * p.k + first_k) * S::kXWidth + copy_column * 16;
-
   int fetch_tile = 0, fetch_round = 0, fetch_stage = 0;
   const auto fetch = [&] {
     if (fetch_tile >= rows) return;
@@ -93,52 +82,22 @@ __global__ void __launch_bounds__(S::kThreads)
     uint64_t* const barrier = full + fetch_stage;
     uint8_t* const slot = w_ring + fetch_stage * S::kSlot;
     uint8_t* const x_slot = x_ring + (plan.x_stays ? fetch_round : fetch_stage) * S::kXSlot;
-    if constexpr (S::kBoxes) {
-      if (lane == 0) {
-        const bool in_k = k < k_size;
-        expect_bytes(barrier, in_k ? S::kSlot + (with_x ? S::kXSlot : 0) : 0);
-        for (int i = 0; i < S::kParts && in_k; ++i) {
-          copy_box(slot + i * S::kPart, w_map, k + i * 128, row_begin + fetch_tile, b, barrier,
-                   w_policy);
-        }
-        for (int i = 0; i < S::kXParts && in_k && with_x; ++i) {
-          copy_box(x_slot + i * S::kXPart, x_map, k * S::kXWidth + i * 128, 0, b, barrier,
-                   x_policy);
-        }
+    if (lane == 0) {
+      const bool in_k = k < k_size;
+      expect_bytes(barrier, in_k ? S::kSlot + (with_x ? S::kXSlot : 0) : 0);
+      for (int i = 0; i < S::kParts && in_k; ++i) {
+        copy_box(slot + i * S::kPart, w_map, k + i * 128, row_begin + fetch_tile, b, barrier,
+                 w_policy);
       }
-      __syncwarp();
-    } else {
-#pragma unroll
-      for (int part = 0; part < S::kParts; ++part) {
-        const bool in_k = k + part * 128 + copy_column * 16 < k_size;
-#pragma unroll
-        for (int i = 0; i < S::kTileRows / 4; ++i) {
-          copy_async(slot + part * S::kPart + i * 512 + copy_offsets[i % 2],
-                     w_source + part * 128 + i * 4 * p.k,
-                     in_k && fetch_tile + copy_row + i * 4 < rows, w_policy);
-        }
+      for (int i = 0; i < S::kXParts && in_k && with_x; ++i) {
+        copy_box(x_slot + i * S::kXPart, x_map, k * S::kXWidth + i * 128, 0, b, barrier, x_policy);
       }
-#pragma unroll
-      for (int part = 0; part < S::kXParts && with_x; ++part) {
-        const bool in_k = (k - k_size) * S::kXWidth + part * 128 + copy_column * 16 < 0;
-#pragma unroll
-        for (int i = 0; i < 2 * S::kTokens; ++i) {
-          if (i * 4 >= m_size) break;
-          copy_async(x_slot + part * S::kXPart + i * 512 + copy_offsets[i % 2],
-                     x_source + part * 128 + i * 4 * p.k * S::kXWidth,
-                     in_k && copy_row + i * 4 < m_size, x_policy);
-        }
-      }
-      arrive_after_copies(barrier);
-      w_source += round_k;
-      x_source += round_k * S::kXWidth;
     }
+    __syncwarp();
     fetch_stage = fetch_stage + 1 == plan.stages ? 0 : fetch_stage + 1;
     if (++fetch_round == rounds) {
       fetch_round = 0;
       fetch_tile += S::kTileRows;
-      w_source += S::kTileRows * p.k - int64_t{rounds} * round_k;
-      x_source -= int64_t{rounds} * round_k * S::kXWidth;
     }
   };
   for (int i = 0; i < plan.stages; ++i) fetch();
@@ -263,7 +222,7 @@ __global__ void __launch_bounds__(S::kThreads)
         }
       }
     }
-    if (S::kBoxes) fence_boxes();
+    fence_boxes();
     __syncthreads();  // Before the slot is filled again.
     fetch();
   }
@@ -320,10 +279,10 @@ cudaError_t launch(const Product& p, const Device& device, cudaStream_t stream) 
   if (error != cudaSuccess) return error;
 
   // As many blocks as fit at once, with all of the shared memory.
-  const int64_t blocks = std::max<int64_t>(1, device.processors * S::kBlocks / p.batch);
+  const int64_t blocks = std::max<int64_t>(1, device.processors / p.batch);
   constexpr int alignment = 1024;
-  const int budget = device.memory / S::kBlocks - device.reserved - alignment -
-                     static_cast<int>(attributes.sharedSizeBytes);
+  const int budget =
+      device.memory - device.reserved - alignment - static_cast<int>(attributes.sharedSizeBytes);
   constexpr int w_slot = S::kWarps * S::kSlot, x_slot = S::kWarps * S::kXSlot;
   const int64_t rounds = ceil_div(p.k, S::kWarps * S::kChunk);
   Plan plan;
@@ -339,13 +298,11 @@ cudaError_t launch(const Product& p, const Device& device, cudaStream_t stream) 
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
 
-  CUtensorMap w_map{}, x_map{};
-  if (S::kBoxes) {
-    error = describe_boxes(&w_map, p.w.data, p.k, p.n, p.batch, S::kTileRows);
-    if (error != cudaSuccess) return error;
-    error = describe_boxes(&x_map, p.x.data, p.k * S::kXWidth, p.m, p.batch, 8 * S::kTokens);
-    if (error != cudaSuccess) return error;
-  }
+  CUtensorMap w_map, x_map;
+  error = describe_boxes(&w_map, p.w.data, p.k, p.n, p.batch, S::kTileRows);
+  if (error != cudaSuccess) return error;
+  error = describe_boxes(&x_map, p.x.data, p.k * S::kXWidth, p.m, p.batch, 8 * S::kTokens);
+  if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(ceil_div(p.n, plan.block_rows)),
                   static_cast<unsigned>(p.batch));
   kernel<<<grid, S::kThreads, bytes, stream>>>(p, plan, w_map, x_map);
@@ -356,23 +313,11 @@ cudaError_t launch(const Product& p, const Device& device, cudaStream_t stream) 
 template <Type x_type, bool e4m3>
 cudaError_t launch_for_m(const Product& p, const Device& device, cudaStream_t stream) {
   constexpr bool wide = x_type != Type::kE4M3;
-  if (p.m <= 8) {
-    if constexpr (wide) {
-      return launch<Shape<x_type, 1, 8, 2, 1, 256, false>, e4m3>(p, device, stream);
-    } else {
-      // Two tiles of 16 rows, the second not full, take longer than one of 32.
-      const int64_t rows = ceil_div(p.n, 2 * device.processors);
-      if (rows > 16 && rows <= 32) {
-        return launch<Shape<x_type, 2, 4, 2, 1, 256, false>, e4m3>(p, device, stream);
-      }
-      return launch<Shape<x_type, 2, 8, 1, 1, 256, false>, e4m3>(p, device, stream);
-    }
-  }
   if (p.m <= 16) {
-    return launch<Shape<x_type, 1, wide ? 8 : 16, 2, 2, 128, true>, e4m3>(p, device, stream);
+    return launch<Shape<x_type, wide ? 8 : 16, 2, 2, 128>, e4m3>(p, device, stream);
   }
-  if (p.m <= 32) return launch<Shape<x_type, 1, 8, 2, 4, 128, true>, e4m3>(p, device, stream);
-  return launch<Shape<x_type, 1, wide ? 4 : 8, 2, 8, 128, true>, e4m3>(p, device, stream);
+  if (p.m <= 32) return launch<Shape<x_type, 8, 2, 4, 128>, e4m3>(p, device, stream);
+  return launch<Shape<x_type, wide ? 4 : 8, 2, 8, 128>, e4m3>(p, device, stream);
 }
 
 }  // namespace
@@ -393,23 +338,24 @@ std::string small_m_refusal(const Product& p, int capability) {
 }
 
 bool small_m_wins(const Product& p, int capability) {
-  // Measured on an H200, with weights of 16 MB and more.
+  // Measured on H100 and H200, with weights of 16 MB and more.
   if (capability / 10 != 9 || p.n * p.k < int64_t{1} << 20) return false;
   // Without a product of cublasLt the other choice is decode, whose Hopper kernel for 16-bit
   // activations takes 39 us for 64 x 28672 x 4096 (here 84), but 16 for 16 x 4096 x 4096 (here 9).
   if (!is_fp8(p.x.type)) return p.m <= 16 || p.n <= 8192;
   if (p.x.type == Type::kE5M2 && p.w.type == Type::kE5M2) return true;
-  // cublasLt's best takes 30 us for 1 x 28672 x 4096 (here 31), 7.3 for 1 x 4096 x 4096 (7.5) and
-  // 18.3 for 1 x 4096 x 14336 (16.6), with tensor as with row scales; but for a mixture of both one
-  // more kernel has to spread the tensor's scale.
+  // An MLP's two products for one row take 3 us less here than with cublasLt's best. For eight rows
+  // only the one with the longer sums is faster; but for a mixture of tensor and row scales one
+  // more kernel has to spread the tensor's.
   const bool mixed = p.x.per_tensor() != p.w.per_tensor();
-  return p.m <= 8 && (mixed || (p.n <= 4096 && p.k >= 8192));
+  return p.m <= 4 || (p.m <= 8 && (mixed || (p.n <= 4096 && p.k >= 8192)));
 }
 
 cudaError_t small_m_matmul(const Product& p, cudaStream_t stream) {
   Device device;
   const cudaError_t error = device.query();
   if (error != cudaSuccess) return error;
+  if (p.m <= kGemvM) return gemv(p, device.processors, stream);
   const auto launch_for = [&](auto e4m3) {
     constexpr bool known = decltype(e4m3)::value;
     if (p.x.type == Type::kBF16) return launch_for_m<Type::kBF16, known>(p, device, stream);

@@ -1,6 +1,7 @@
 // The product for few rows of X (M <= 64), where its time is that of reading W once: W streams from
-// memory through a ring of asynchronous copies that each thread keeps for itself, and is decoded in
-// registers on its way to the 16-bit tensor cores. X is FP8, or bfloat16 or float16.
+// memory through a ring of asynchronous copies that each warp keeps for itself, and is decoded in
+// registers on its way to the 16-bit tensor cores. For up to eight rows gemv.h takes over. X is
+// FP8, or bfloat16 or float16.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,4 +1,4 @@
-// What small_m.cu needs of the device: copies into shared memory, decoding, and the tensor cores.
+// What small_m.cu and gemv.cu need of the device: loads and copies, decoding, the tensor cores.
 #pragma once
 
 #include <cuda.h>
@@ -9,7 +9,7 @@
 namespace jax_fp8 {
 namespace {
 
-// --- Copies into shared memory, and the barriers that they arrive at -----------------------------
+// --- Loads, copies into shared memory, and the barriers that these arrive at ---------------------
 
 __device__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -26,12 +26,6 @@ __device__ void expect_bytes(uint64_t* barrier, int bytes) {
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
       "r"(bytes)
       : "memory");
-}
-
-// Arrives when the copies that this thread has made so far are complete.
-__device__ void arrive_after_copies(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
-               : "memory");
 }
 
 __device__ void wait_for(uint64_t* barrier, int phase) {
@@ -56,12 +50,13 @@ __device__ void copy_box(void* target, const CUtensorMap& map, int column, int r
       : "memory");
 }
 
-// 16 bytes, or as many zeros.
-__device__ void copy_async(void* target, const uint8_t* source, bool exists, uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(
-                   shared_address(target)),
-               "l"(source), "r"(exists ? 16 : 0), "l"(policy)
-               : "memory");
+// 16 bytes, without a place in L1.
+__device__ uint4 load_once(const uint8_t* source, uint64_t policy) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(source), "l"(policy));
+  return v;
 }
 
 __device__ uint64_t policy_read_once() {

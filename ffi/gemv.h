@@ -1,0 +1,16 @@
+// The product for one to eight rows of X, where its time is that of reading W once: W goes from
+// memory straight into registers and is decoded there. What small_m.h runs for so few rows.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "ffi/product.h"
+
+namespace jax_fp8 {
+
+constexpr int64_t kGemvM = 8;
+
+// For what small_m_refusal lets pass, with M <= kGemvM.
+cudaError_t gemv(const Product& product, int processors, cudaStream_t stream);
+
+}  // namespace jax_fp8
