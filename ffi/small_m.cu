@@ -35,10 +35,9 @@ struct Shape {
 };
 
 struct Plan {
-  int block_rows;  // Rows of W of a block.
-  int stages;      // Slots of a ring.
-  int x_slots;     // The same, or enough for all of a warp's K:
-  bool x_stays;    // X is copied once and not for each tile.
+  int stages;    // Slots of a ring.
+  int x_slots;   // The same, or enough for all of a warp's K:
+  bool x_stays;  // X is copied once and not for each tile.
 };
 
 // `e4m3`: all that is FP8 is E4M3. Else each decoding asks for the format, which takes time.
@@ -54,8 +53,8 @@ __global__ void __launch_bounds__(S::kThreads)
 
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int b = static_cast<int>(blockIdx.y);
-  const int row_begin = static_cast<int>(blockIdx.x) * plan.block_rows;
-  const int rows = min(plan.block_rows, static_cast<int>(p.n) - row_begin);
+  const int rows = static_cast<int>(p.n), first_tile = static_cast<int>(blockIdx.x) * S::kTileRows;
+  const int tile_step = static_cast<int>(gridDim.x) * S::kTileRows;
   const int k_size = static_cast<int>(p.k), m_size = static_cast<int>(p.m);
   const int first_k = warp * S::kChunk;
   constexpr int round_k = S::kWarps * S::kChunk;
@@ -74,11 +73,11 @@ __global__ void __launch_bounds__(S::kThreads)
   __syncwarp();
 
   const uint64_t w_policy = policy_read_once(), x_policy = policy_read_often();
-  int fetch_tile = 0, fetch_round = 0, fetch_stage = 0;
+  int fetch_tile = first_tile, fetch_round = 0, fetch_stage = 0;
   const auto fetch = [&] {
     if (fetch_tile >= rows) return;
     const int k = first_k + fetch_round * round_k;
-    const bool with_x = !plan.x_stays || fetch_tile == 0;
+    const bool with_x = !plan.x_stays || fetch_tile == first_tile;
     uint64_t* const barrier = full + fetch_stage;
     uint8_t* const slot = w_ring + fetch_stage * S::kSlot;
     uint8_t* const x_slot = x_ring + (plan.x_stays ? fetch_round : fetch_stage) * S::kXSlot;
@@ -86,8 +85,7 @@ __global__ void __launch_bounds__(S::kThreads)
       const bool in_k = k < k_size;
       expect_bytes(barrier, in_k ? S::kSlot + (with_x ? S::kXSlot : 0) : 0);
       for (int i = 0; i < S::kParts && in_k; ++i) {
-        copy_box(slot + i * S::kPart, w_map, k + i * 128, row_begin + fetch_tile, b, barrier,
-                 w_policy);
+        copy_box(slot + i * S::kPart, w_map, k + i * 128, fetch_tile, b, barrier, w_policy);
       }
       for (int i = 0; i < S::kXParts && in_k && with_x; ++i) {
         copy_box(x_slot + i * S::kXPart, x_map, k * S::kXWidth + i * 128, 0, b, barrier, x_policy);
@@ -97,7 +95,7 @@ __global__ void __launch_bounds__(S::kThreads)
     fetch_stage = fetch_stage + 1 == plan.stages ? 0 : fetch_stage + 1;
     if (++fetch_round == rounds) {
       fetch_round = 0;
-      fetch_tile += S::kTileRows;
+      fetch_tile += tile_step;
     }
   };
   for (int i = 0; i < plan.stages; ++i) fetch();
@@ -119,11 +117,11 @@ __global__ void __launch_bounds__(S::kThreads)
 
   int stage = 0, phase = 0;
   float largest = 0.0f;
-  for (int tile = 0; tile < rows; tile += S::kTileRows) {
+  for (int tile = first_tile; tile < rows; tile += tile_step) {
     // Loaded here, needed at the end of the tile.
     float w_scale = 0.0f, bias = 0.0f;
     if (thread < S::kTileRows && tile + thread < rows) {
-      const int64_t n = row_begin + tile + thread;
+      const int64_t n = tile + thread;
       w_scale = p.w.scale_at(b, n, 0);
       if (p.bias != nullptr) bias = load_as_float(p.bias, p.bias_type, n);
     }
@@ -217,7 +215,7 @@ __global__ void __launch_bounds__(S::kThreads)
           float value = apply_scales(total[i], x_scales[m], w_scales[row]);
           if (p.bias != nullptr) value += biases[row];
           value = activate(p.activation, value);
-          store(p, value, (int64_t{b} * m_size + m) * p.n + row_begin + tile + row);
+          store(p, value, (int64_t{b} * m_size + m) * p.n + tile + row);
           largest = bits_float(max(float_bits(largest), float_bits(fabsf(value))));
         }
       }
@@ -286,13 +284,13 @@ cudaError_t launch(const Product& p, const Device& device, cudaStream_t stream) 
   constexpr int w_slot = S::kWarps * S::kSlot, x_slot = S::kWarps * S::kXSlot;
   const int64_t rounds = ceil_div(p.k, S::kWarps * S::kChunk);
   Plan plan;
-  plan.block_rows = static_cast<int>(ceil_div(p.n, blocks));
+  const int64_t tiles = ceil_div(p.n, S::kTileRows);
   plan.x_stays = budget - rounds * x_slot >= 2 * w_slot;
   const int64_t stages =
       plan.x_stays ? (budget - rounds * x_slot) / w_slot : budget / (w_slot + x_slot);
   if (stages == 0) return cudaErrorInvalidConfiguration;
-  plan.stages = static_cast<int>(
-      std::min<int64_t>({stages, kMaxStages, rounds * ceil_div(plan.block_rows, S::kTileRows)}));
+  plan.stages =
+      static_cast<int>(std::min<int64_t>({stages, kMaxStages, rounds * ceil_div(tiles, blocks)}));
   plan.x_slots = plan.x_stays ? static_cast<int>(rounds) : plan.stages;
   const int bytes = alignment + plan.stages * w_slot + plan.x_slots * x_slot;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
@@ -303,8 +301,7 @@ cudaError_t launch(const Product& p, const Device& device, cudaStream_t stream) 
   if (error != cudaSuccess) return error;
   error = describe_boxes(&x_map, p.x.data, p.k * S::kXWidth, p.m, p.batch, 8 * S::kTokens);
   if (error != cudaSuccess) return error;
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.n, plan.block_rows)),
-                  static_cast<unsigned>(p.batch));
+  const dim3 grid(static_cast<unsigned>(std::min(tiles, blocks)), static_cast<unsigned>(p.batch));
   kernel<<<grid, S::kThreads, bytes, stream>>>(p, plan, w_map, x_map);
   return cudaGetLastError();
 }
