@@ -38,19 +38,33 @@ __global__ void __launch_bounds__(kThreads, kBlocks) gemv_kernel(Product p, int 
   const int column = warp * 128 + lane % 8 * 16, own_row = lane / 8;
   const int rounds = (k_size + kRound * depth - 1) / (kRound * depth) * depth;
   const int tile_step = static_cast<int>(gridDim.x) * kTileRows;
-  const uint8_t* const x = p.x.data + ((int64_t{b} * m_size + own_row) * k_size + column) * x_width;
+  const uint8_t* const x = p.x.data + (int64_t{b} * m_size + own_row) * k_size * x_width;
 
   const uint64_t policy = policy_read_once();
   int fetch_n = static_cast<int>(blockIdx.x) * kTileRows + own_row, fetch_k = column;
   const uint8_t* w = p.w.data + (int64_t{b} * n_size + fetch_n) * k_size;
-  uint4 ring[depth][2 * kFragments];
-  const auto fetch = [&](uint4(&codes)[2 * kFragments]) {
+  // For X in 16 bits there are no registers to ask for it as early as for W.
+  constexpr bool x_early = x_width == 1;
+  uint4 w_ring[depth][2 * kFragments], x_ring[depth][columns][x_width];
+  const auto load_x = [&](uint4(&values)[columns][x_width], int k) {
+#pragma unroll
+    for (int c = 0; c < columns; ++c) {
+      const bool exists = own_row + 4 * c < m_size && k < k_size;
+      const uint8_t* const source = x + (4 * c * int64_t{k_size} + k) * x_width;
+#pragma unroll
+      for (int i = 0; i < x_width; ++i) {
+        values[c][i] = exists ? load_often(source + 16 * i) : uint4{};
+      }
+    }
+  };
+  const auto fetch = [&](int slot) {
 #pragma unroll
     for (int i = 0; i < 2 * kFragments; ++i) {
-      codes[i] = fetch_k < k_size && fetch_n + 4 * i < n_size
-                     ? load_once(w + 4 * i * int64_t{k_size} + fetch_k, policy)
-                     : uint4{};
+      w_ring[slot][i] = fetch_k < k_size && fetch_n + 4 * i < n_size
+                            ? load_once(w + 4 * i * int64_t{k_size} + fetch_k, policy)
+                            : uint4{};
     }
+    if constexpr (x_early) load_x(x_ring[slot], fetch_k);
     fetch_k += kRound;
     if (fetch_k == column + rounds * kRound) {
       fetch_k = column;
@@ -59,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) gemv_kernel(Product p, int 
     }
   };
 #pragma unroll
-  for (int d = 0; d < depth; ++d) fetch(ring[d]);
+  for (int d = 0; d < depth; ++d) fetch(d);
 
   // The element of a tile that a thread finishes, if any.
   const int row = thread % kTileRows, m = thread / kTileRows;
@@ -76,16 +90,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) gemv_kernel(Product p, int 
     for (int round = 0; round < rounds; round += depth) {
 #pragma unroll
       for (int d = 0; d < depth; ++d) {
-        const int k = (round + d) * kRound;
-        uint4 x_values[columns][x_width] = {};
-#pragma unroll
-        for (int c = 0; c < columns; ++c) {
-          if (own_row + 4 * c >= m_size || column + k >= k_size) continue;
-          const auto* source =
-              reinterpret_cast<const uint4*>(x + (4 * c * int64_t{k_size} + k) * x_width);
-#pragma unroll
-          for (int i = 0; i < x_width; ++i) x_values[c][i] = __ldg(source + i);
-        }
+        const uint4(&codes)[2 * kFragments] = w_ring[d];
+        uint4(&x_values)[columns][x_width] = x_ring[d];
+        if constexpr (!x_early) load_x(x_values, column + (round + d) * kRound);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           uint2 values[columns];
@@ -100,14 +107,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks) gemv_kernel(Product p, int 
           }
 #pragma unroll
           for (int f = 0; f < kFragments; ++f) {
-            const uint2 upper = decode_to<mma>(word_of(ring[d][2 * f], i), w_type);
-            const uint2 lower = decode_to<mma>(word_of(ring[d][2 * f + 1], i), w_type);
-            const uint32_t codes[4] = {upper.x, lower.x, upper.y, lower.y};
+            const uint2 upper = decode_to<mma>(word_of(codes[2 * f], i), w_type);
+            const uint2 lower = decode_to<mma>(word_of(codes[2 * f + 1], i), w_type);
+            const uint32_t a[4] = {upper.x, lower.x, upper.y, lower.y};
 #pragma unroll
-            for (int c = 0; c < columns; ++c) multiply_add<mma>(sums[f][c], codes, values[c]);
+            for (int c = 0; c < columns; ++c) multiply_add<mma>(sums[f][c], a, values[c]);
           }
         }
-        fetch(ring[d]);
+        fetch(d);
       }
     }
 
