@@ -66,7 +66,8 @@ def run(shapes: str = "all") -> list[Row]:
     Returns:
       A row for each problem and variant: ``us`` of a step or a prefill, ``host_us`` until the host
       has dispatched it, ``tokens_per_s``,
-      ``weight_bytes`` of the model, ``read_bytes`` of what a step reads of them.
+      ``weight_bytes`` of the model, ``read_bytes`` of what a step reads of them and
+      ``reading_us``, what that takes at the speed of a large copy.
     """
     from jax_fp8 import decoder
     from jax_fp8.decoder.measure import weight_bytes
@@ -82,7 +83,9 @@ def run(shapes: str = "all") -> list[Row]:
         model = decoder.random(config, recipe=None if variant == "bf16" else variant)
         embedded = model.embedding[...].nbytes  # Of which a step reads a row.
         total = weight_bytes(model)
-        facts[variant] = {"weight_bytes": total, "read_bytes": total - embedded}
+        read = total - embedded
+        reading_us = targets.memory_us(read, jax.devices()[0].device_kind)
+        facts[variant] = {"weight_bytes": total, "read_bytes": read, "reading_us": reading_us}
         models[variant] = model
     with tqdm(total=len(problems) * len(models), desc=NAME, unit="timing") as bar:
         for phase, batch, tokens in problems:
@@ -147,18 +150,13 @@ def _timer(model: Any, phase: str, batch: int, tokens: int) -> Timer:
     return decode if phase == "decode" else prefill
 
 
-def reading_us(row: Row) -> float:
-    """What reading the weights of a step takes at the speed of a large copy."""
-    return 1e6 * row["read_bytes"] / targets.COPY_BYTES_PER_S
-
-
 def table(rows: list[Row]) -> str:
     """The rows of ``run`` as Markdown."""
     lines = []
     for (_, phase, batch, tokens), group in tables.groups(rows, KEYS).items():
         for variant, row in group.items():
             us, other = row.get("us"), tables.ratio(group, "bf16", variant)
-            share = 1 - reading_us(row) / us if us and phase == "decode" else None
+            share = 1 - row["reading_us"] / us if us and phase == "decode" else None
             lines.append(
                 [
                     f"{phase} of {tokens} tokens" if phase == "prefill" else phase,

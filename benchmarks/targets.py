@@ -1,8 +1,12 @@
-"""What the figures must reach on an H200, and whether a file of results does."""
+"""What the figures must reach on an H200, and whether a file of results does.
+
+Where that is a share of the memory's speed, a file of another card is held to its own.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,8 +15,16 @@ from benchmarks import dense_layers, gpt, parallel, peers, tables, training
 Row = dict[str, Any]
 Problems = dict[tuple[Any, ...], tables.Group]
 
-#: Of a large copy, read and written: what "the memory's speed" is here.
-COPY_BYTES_PER_S = 4.255e12
+MemoryUs = Callable[[float], float]
+
+#: Card -> of a large copy, read and written (the benchmark `ceilings`): what "the memory's speed"
+#: is here.
+COPY_BYTES_PER_S = {"NVIDIA H200": 4.255e12, "NVIDIA H100 80GB HBM3": 2.973e12}
+
+
+def memory_us(nbytes: float, card: str | None = None) -> float:
+    """What so many bytes take at the memory's speed, of an H200 where the card is not known."""
+    return 1e6 * nbytes / COPY_BYTES_PER_S.get(card or "", COPY_BYTES_PER_S["NVIDIA H200"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +53,7 @@ def _size(key: tuple[Any, ...]) -> str:
     return " x ".join(map(str, key))
 
 
-def _memory_us(nbytes: float) -> float:
-    return 1e6 * nbytes / COPY_BYTES_PER_S
-
-
-def _gemm(problems: Problems) -> Iterator[Verdict]:
+def _gemm(problems: Problems, _: MemoryUs) -> Iterator[Verdict]:
     for key, group in problems.items():
         over = tables.ratio(group, "fp8", "cpp_best")
         yield Verdict(f"gemm {_size(key)}, tensor scales over cublasLt's best", over, 1.03)
@@ -57,7 +65,7 @@ def _gemm(problems: Problems) -> Iterator[Verdict]:
             yield Verdict(f"gemm {_size(key)}, row scales over cublasLt's best", over, 1.03)
 
 
-def _quantize(problems: Problems) -> Iterator[Verdict]:
+def _quantize(problems: Problems, _: MemoryUs) -> Iterator[Verdict]:
     for key, group in problems.items():
         elements = key[0] * key[1]
         if elements <= 1 << 16:
@@ -76,13 +84,13 @@ def _quantize(problems: Problems) -> Iterator[Verdict]:
 _OVER_BARE = {(8192, 28672, 4096): 1.04, (8192, 4096, 14336): 1.16, (2048, 4096, 4096): 1.22}
 
 
-def _peers(problems: Problems) -> Iterator[Verdict]:
+def _peers(problems: Problems, memory_us: MemoryUs) -> Iterator[Verdict]:
     for key, bound in _OVER_BARE.items():
         group = problems.get(key, {})
         over = tables.ratio(group, "row", "bare_row")
         yield Verdict(f"matmul {_size(key)}, rowwise over its product", over, bound)
         us, bare = tables.value(group, "tensor"), tables.value(group, "bare_tensor")
-        second_read_us = _memory_us(2.0 * key[0] * key[2])
+        second_read_us = memory_us(2.0 * key[0] * key[2])
         over = (us - second_read_us) / bare if us and bare else None
         what = f"matmul {_size(key)}, tensorwise less the second read over its product"
         yield Verdict(what, over, bound)
@@ -97,7 +105,7 @@ def _peers(problems: Problems) -> Iterator[Verdict]:
 _BLOCK_SPEEDUPS = {8192: 1.82, 1024: 1.7, 128: 1.8, 16: 1.9, 1: 1.9}
 
 
-def _mlp(problems: Problems) -> Iterator[Verdict]:
+def _mlp(problems: Problems, memory_us: MemoryUs) -> Iterator[Verdict]:
     for m, bound in _BLOCK_SPEEDUPS.items():
         group = problems.get((m,), {})
         over = tables.ratio(group, "bf16", "rowwise")
@@ -107,21 +115,21 @@ def _mlp(problems: Problems) -> Iterator[Verdict]:
             yield Verdict(f"MLP block, M = {m}, bf16 over static", over, 1.87, at_most=False)
         if m <= 16:
             us, nbytes = (tables.value(group, "rowwise", key) for key in ("us", "weights_bytes"))
-            over = us / _memory_us(nbytes) if us and nbytes else None
+            over = us / memory_us(nbytes) if us and nbytes else None
             yield Verdict(f"MLP block, M = {m}, rowwise over reading the weights", over, 1.4)
 
 
 _ONE_ROW = {(1, 28672, 4096): 1.15, (1, 4096, 4096): 1.7}
 
 
-def _weight_only(problems: Problems) -> Iterator[Verdict]:
+def _weight_only(problems: Problems, memory_us: MemoryUs) -> Iterator[Verdict]:
     for key, bound in _ONE_ROW.items():
         us = tables.value(problems.get(key, {}), "weight_only")
-        over = us / _memory_us(key[1] * key[2]) if us else None
+        over = us / memory_us(key[1] * key[2]) if us else None
         yield Verdict(f"weight_only {_size(key)}, over reading the weights", over, bound)
 
 
-def _host(problems: Problems) -> Iterator[Verdict]:
+def _host(problems: Problems, _: MemoryUs) -> Iterator[Verdict]:
     for (n,), group in problems.items():
         bf16 = tables.value(group, "bf16", "host_us")
         for name in ("tensorwise", "rowwise"):
@@ -133,7 +141,7 @@ def _host(problems: Problems) -> Iterator[Verdict]:
             yield Verdict(f"host, {name}: us of a captured call more than bf16's", more, 0.5)
 
 
-def _fused(problems: Problems) -> Iterator[Verdict]:
+def _fused(problems: Problems, memory_us: MemoryUs) -> Iterator[Verdict]:
     for (producer, rows, columns), group in problems.items():
         elements = rows * columns
         if elements < 8e6:
@@ -145,12 +153,12 @@ def _fused(problems: Problems) -> Iterator[Verdict]:
                 nbytes = 1e3 * rate * us
                 if name == "tensor":  # It computes what it quantizes twice.
                     nbytes += elements * (4 if producer == "swiglu" else 2)
-                over = (us - 2.0) / _memory_us(nbytes)
+                over = (us - 2.0) / memory_us(nbytes)
             what = f"{producer} {rows} x {columns}, {name}, less 2 us over moving its bytes"
             yield Verdict(what, over, 1.15)
 
 
-def _compile(problems: Problems) -> Iterator[Verdict]:
+def _compile(problems: Problems, _: MemoryUs) -> Iterator[Verdict]:
     for key, group in problems.items():
         ours, bf16 = (tables.value(group, name, "until_first_ms") for name in ("matmul", "bf16"))
         more = ours - bf16 if ours is not None and bf16 is not None else None
@@ -164,7 +172,7 @@ _STEP_SPEEDUPS = {
 }
 
 
-def _training(problems: Problems) -> Iterator[Verdict]:
+def _training(problems: Problems, _: MemoryUs) -> Iterator[Verdict]:
     for key, bounds in _STEP_SPEEDUPS.items():
         group = problems.get((training.STEP, *key), {})
         for name, bound in bounds.items():
@@ -186,7 +194,7 @@ _LOSSES = {"rowwise": 0.5, "tensorwise": 1.0}
 _GPT_SPEEDUPS = {"100m": 1.0, "wide": 1.5}
 
 
-def _gpt(problems: Problems) -> Iterator[Verdict]:
+def _gpt(problems: Problems, _: MemoryUs) -> Iterator[Verdict]:
     for preset, bound in _GPT_SPEEDUPS.items():
         found = [group for key, group in problems.items() if key[0] == preset]
         for group in found or [{}]:
@@ -209,7 +217,7 @@ def _gpt(problems: Problems) -> Iterator[Verdict]:
 _DECODER_SPEEDUPS = {("decode", 1): 1.7, ("decode", 16): 1.6, ("prefill", 1): 1.5}
 
 
-def _decoder(problems: Problems) -> Iterator[Verdict]:
+def _decoder(problems: Problems, memory_us: MemoryUs) -> Iterator[Verdict]:
     for place, bound in _DECODER_SPEEDUPS.items():
         group = next((found for key, found in problems.items() if key[1:3] == place), {})
         said = f"decoder, {place[0]} of a batch of {place[1]}"
@@ -218,14 +226,14 @@ def _decoder(problems: Problems) -> Iterator[Verdict]:
         if place[0] == "prefill":
             continue
         us, nbytes = (tables.value(group, "bf16", key) for key in ("us", "read_bytes"))
-        over = us / _memory_us(nbytes) if us and nbytes else None
+        over = us / memory_us(nbytes) if us and nbytes else None
         yield Verdict(f"{said}, bf16 over reading its weights", over, 1.3)
         ours, wide = (tables.value(group, v, "weight_bytes") for v in ("rowwise", "bf16"))
         share = ours / wide if ours and wide else None
         yield Verdict(f"{said}, weights over bf16's", share, 0.57)
 
 
-def _parallel(problems: Problems) -> Iterator[Verdict]:
+def _parallel(problems: Problems, _: MemoryUs) -> Iterator[Verdict]:
     def pair(part: str, variant: str) -> tuple[Row, Row]:
         """On one GPU, and on the most there are."""
         found = {
@@ -252,7 +260,7 @@ def _parallel(problems: Problems) -> Iterator[Verdict]:
     yield Verdict("MLP, FSDP, bytes gathered over bf16's", share, 0.51)
 
 
-CHECKS: dict[str, Callable[[Problems], Iterator[Verdict]]] = {
+CHECKS: dict[str, Callable[[Problems, MemoryUs], Iterator[Verdict]]] = {
     "gemm": _gemm,
     "quantize": _quantize,
     "peers": _peers,
@@ -276,4 +284,6 @@ def check(results: dict[str, Any], keys: tuple[str, ...]) -> list[Verdict]:
       keys: what tells its problems apart, the benchmark's KEYS.
     """
     checks = CHECKS.get(results["name"])
-    return list(checks(tables.groups(results["rows"], keys))) if checks else []
+    card = results.get("environment", {}).get("device")
+    of_card = functools.partial(memory_us, card=card)
+    return list(checks(tables.groups(results["rows"], keys), of_card)) if checks else []

@@ -26,7 +26,10 @@ QUANTIZE_SHAPES = ((2, 130, 264), (2, 3, 131))
 LONG_SHAPES = {"row": ((20, 40_008),), "tensor": ((600, 456), (547, 501))}
 LARGEST_TENSOR = (3000, 4100)  # For which a thread's registers are too few.
 PRODUCT_SHAPES = ((130, 136, 272), (33, 21, 45))  # M, N, K
-SMALL_M_SHAPES = ((1, 136, 272), (16, 40, 1040), (20, 21, 16), (64, 50, 144))
+SMALL_M_SHAPES = (
+    *((1, 136, 272), (7, 40, 1040), (16, 40, 1040), (20, 21, 16), (64, 50, 144)),
+    *((3, 4300, 144), (17, 4300, 144)),  # More tiles than blocks.
+)
 # Ragged, and then such as take tiles of other sizes in the Hopper kernel.
 WIDE_SHAPES = (
     *PRODUCT_SHAPES,

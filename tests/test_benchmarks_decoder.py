@@ -13,7 +13,7 @@ from benchmarks import decoder, targets
 
 BYTES = {"bf16": (16e9, 15e9), "rowwise": (9e9, 8e9)}
 #: Of reading the weights of bf16 once.
-READING_US = 1e6 * 15e9 / targets.COPY_BYTES_PER_S
+READING_US = targets.memory_us(15e9)
 
 
 def made_up(speedups=(1.75, 1.65, 1.55), bf16=1.2, narrow=9e9):
@@ -25,6 +25,7 @@ def made_up(speedups=(1.75, 1.65, 1.55), bf16=1.2, narrow=9e9):
             key = {"model": "m", "phase": phase, "batch": batch, "tokens": tokens}
             total = total if name == "bf16" else narrow
             figures = {"us": us, "tokens_per_s": 1.0, "weight_bytes": total, "read_bytes": read}
+            figures["reading_us"] = targets.memory_us(read)
             rows.append({**key, "variant": name, **figures})
     return rows
 

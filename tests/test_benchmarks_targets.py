@@ -59,7 +59,7 @@ def made_up(name, **changed):
             rows += [{**row, "weights_bytes": 176.2e6} for row in some]
     elif name == "weight_only":
         for n, k in weight_only.LAYERS["all"]:
-            us = 1.1e6 * n * k / targets.COPY_BYTES_PER_S
+            us = 1.1 * targets.memory_us(n * k)
             rows += rows_of(module.KEYS, (1, n, k), **{"weight_only": us, **changed})
     else:
         for variant in ("bf16", "tensorwise", "rowwise"):
@@ -137,7 +137,7 @@ def test_targets_of_the_fused_producers():
         return {v.what.split(", ")[1]: v.figure for v in verdicts}
 
     elements = 2048 * 4096
-    copy_us = 1e6 * 3 * elements / targets.COPY_BYTES_PER_S
+    copy_us = targets.memory_us(3 * elements)
     assert over("rms_norm", "row", 3 * elements, copy_us + 2)["row"] == pytest.approx(1)
     assert over("rms_norm", "row", 3 * elements, copy_us + 2)["tensor"] is None
     assert over("rms_norm", "tensor", 3 * elements, 5 / 3 * copy_us + 2)["tensor"] == pytest.approx(
@@ -145,6 +145,17 @@ def test_targets_of_the_fused_producers():
     )
     assert over("swiglu", "tensor", 5 * elements, 3 * copy_us + 2)["tensor"] == pytest.approx(1)
     assert over("rms_norm", "row", 3 * elements, 1.0, rows=16) == {}
+
+
+def test_a_card_is_held_to_its_own_memory():
+    row = {"m": 1, "n": 28672, "k": 4096, "variant": "weight_only"}
+    row["us"] = targets.memory_us(28672 * 4096, "NVIDIA H100 80GB HBM3")
+    figures = {}
+    for card in ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "another"):
+        found = {"name": "weight_only", "environment": {"device": card}, "rows": [row]}
+        figures[card] = targets.check(found, weight_only.KEYS)[0].figure
+    assert figures["NVIDIA H100 80GB HBM3"] == pytest.approx(1)
+    assert figures["NVIDIA H200"] == figures["another"] == pytest.approx(4.255 / 2.973)
 
 
 def test_the_check_speaks_and_tells_by_its_exit_code(tmp_path, capsys):
