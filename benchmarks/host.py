@@ -54,9 +54,17 @@ def _handler_calls() -> int:
 def _measure(name: str, calls: int) -> Row:
     prepare, call = VARIANTS[name]
     given = (operands.normal(0, (M, SIZE)), *jax.jit(prepare)(operands.normal(1, (SIZE, SIZE))))
-    short, long = (
-        timing.dispatch_us(_chain(call, length), given, RUNS) for length in (calls, 2 * calls)
-    )
+
+    def dispatch(moving: bool) -> tuple[float, float]:
+        """Of n calls, and what each of n more adds."""
+        short, long = (
+            timing.dispatch_us(_chain(call, length), given, RUNS, moving=moving)
+            for length in (calls, 2 * calls)
+        )
+        return short, (long - short) / calls
+
+    short, each = dispatch(moving=False)
+    _, each_moved = dispatch(moving=True)
     program = jax.jit(_chain(call, calls)).lower(*given).compile()
     for _ in range(5):
         program(*given).block_until_ready()
@@ -65,7 +73,8 @@ def _measure(name: str, calls: int) -> Row:
         program(*given).block_until_ready()
     return {
         "us": short / calls,
-        "host_us": (long - short) / calls,
+        "host_us": each,
+        "moved_us": each_moved,
         "dispatch_us": short,
         "handler_calls": _handler_calls(),
     }
@@ -76,9 +85,10 @@ def run(shapes: str = "all") -> list[Row]:
 
     Returns:
       A row for each variant: ``n``, ``variant``, ``dispatch_us`` (the host's time in a chain of
-      n, until it returns), ``host_us`` (what each call adds to it), ``us`` (the former over n)
-      and ``handler_calls`` (how often a handler of jax_fp8 was entered in 10 runs after the
-      first ones, in which XLA captures its graphs), or ``error``.
+      n, until it returns), ``host_us`` (what each call adds to it), ``moved_us`` (the same where
+      results come to lie elsewhere than the last time, so that XLA writes its graphs anew), ``us``
+      (``dispatch_us`` over n) and ``handler_calls`` (how often a handler of jax_fp8 was entered in
+      10 runs after the first ones, in which XLA captures its graphs), or ``error``.
     """
     rows: list[Row] = []
     for name in tqdm(VARIANTS, desc="host"):
@@ -98,6 +108,7 @@ def table(rows: list[Row]) -> str:
             row["variant"],
             tables.number(row.get("dispatch_us")),
             tables.number(row.get("host_us")),
+            tables.number(row.get("moved_us")),
             tables.number(row.get("handler_calls")),
         ]
         for row in rows
@@ -105,9 +116,10 @@ def table(rows: list[Row]) -> str:
     n = rows[0]["n"]
     title = (
         f"The host's time in us for a jitted chain of n = {n} products of {M} x {SIZE} x {SIZE}, "
-        "what each call adds to it (from a chain of 2n), and how often a handler was entered in "
+        "what each call adds to it (from a chain of 2n), also where results come to lie elsewhere "
+        "than the last time and XLA writes its graphs anew, and how often a handler was entered in "
         "10 runs after XLA had captured its graphs."
     )
-    header = ["", "dispatch of n", "each call", "handlers entered"]
+    header = ["", "dispatch of n", "each call", "with other buffers", "handlers entered"]
     parts = [title, tables.markdown(header, lines)]
     return tables.assemble(parts, tables.errors(rows, KEYS))

@@ -302,19 +302,25 @@ def prepare_all(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
 
 
 def dispatch_us(
-    call: Callable[..., Any], operands: tuple[Any, ...], repeats: int = 200, warm: int = 5
+    call: Callable[..., Any],
+    operands: tuple[Any, ...],
+    repeats: int = 200,
+    warm: int = 5,
+    moving: bool = False,
 ) -> float:
     """The host's time in one jitted call, until it returns: the median, device time left out.
 
-    The calls of the warm-up are those in which XLA records its command buffers.
+    The calls of the warm-up are those in which XLA records its command buffers. With ``moving`` the
+    last result is held during a call, so that the next one lies elsewhere and XLA writes the
+    command buffers anew.
     """
     function = jax.jit(call)
-    for _ in range(warm):
-        jax.block_until_ready(function(*operands))
-    times = []
-    for _ in range(repeats):
+    times, held = [], []
+    for _ in range(warm + repeats):
         start = time.perf_counter()
         result = function(*operands)
         times.append(1e6 * (time.perf_counter() - start))
         jax.block_until_ready(result)
-    return statistics.median(times)
+        held[:] = [result] if moving else []
+        del result
+    return statistics.median(times[warm:])

@@ -110,6 +110,20 @@ def test_a_text_ends(model):
     )
 
 
+def test_a_step_has_no_result_that_lies_elsewhere(model):
+    """A result of its own would move each time, and with it the CUDA graph of the step."""
+    generator = decoder.Generator(model, positions=32)
+    _, written = generator.prefill([[5, 6, 7], [40]])
+    found = generator._step.lower(generator._weights, written, generator._key).compile()
+    sizes = found.memory_analysis()
+    # The table of results is one too.
+    elsewhere = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    assert elsewhere == 8 * len(jax.tree.leaves(written))
+    token, after = generator.step(written)
+    assert written.cache.keys[0].is_deleted() and not token.is_deleted()
+    assert np.array_equal(token, after.token)
+
+
 def test_sampled_texts_depend_on_the_seed_alone(model):
     def written(seed):
         how = decoder.Sampling(1.0, top_k=20)

@@ -36,6 +36,9 @@ class Written:
     count: Any
 
 
+_copy = jax.jit(jnp.copy)
+
+
 class Generator:
     """A model's two programs: for whole prompts, and for one more token.
 
@@ -61,31 +64,39 @@ class Generator:
             raise ValueError(f"Generator: the model is made for {most} positions, got {positions}")
         self.config, self.positions, self.dtype = model.config, positions, model.dtype
         how = sampling or Sampling()
-        graph, self._state = nnx.split(model)
+        graph, state = nnx.split(model)
+        # A flat list, which costs the host less to pass than nnx's tree.
+        self._weights, structure = jax.tree.flatten(state)
         self._key = jax.random.key(seed)
+
+        def whole(weights: list[Any]) -> Decoder:
+            merged: Decoder = nnx.merge(graph, jax.tree.unflatten(structure, weights))
+            return merged
 
         def choose(
             model: Decoder, hidden: jax.Array, cache: Cache, key: jax.Array, count: Any
-        ) -> tuple[jax.Array, Written]:
+        ) -> Written:
             logits = model.logits(hidden)
             token = sample(logits, jax.random.fold_in(key, count), how)
             # NaN has no most likely token: -1 says so to the host.
             token = jnp.where(jnp.isnan(logits).any(axis=-1), -1, token)
-            return token, Written(token, cache, count + 1)
+            return Written(token, cache, count + 1)
 
         @jax.jit
-        def prefill(state: Any, tokens: Any, lengths: Any, key: Any) -> tuple[jax.Array, Written]:
-            model = nnx.merge(graph, state)
+        def prefill(weights: list[Any], tokens: Any, lengths: Any, key: Any) -> Written:
+            model = whole(weights)
             # Here, and not before: so many arrays take the host longer than the GPU.
             cache = empty_cache(self.config, tokens.shape[0], positions, self.dtype)
             hidden, cache = model.hidden(tokens, cache, Prompt(lengths, tokens.shape[1]))
             last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
             return choose(model, last, cache, key, jnp.int32(0))
 
-        # All of it is donated, so that a step finds its buffers where they were the last time.
+        # All of it is donated, and there is no other result, so that a step finds its buffers where
+        # they were the last time: else XLA would write all of its CUDA graph anew for each step,
+        # which takes the host longer than the GPU takes for the step.
         @functools.partial(jax.jit, donate_argnames="written")
-        def step(state: Any, written: Written, key: Any) -> tuple[jax.Array, Written]:
-            model, cache = nnx.merge(graph, state), written.cache
+        def step(weights: list[Any], written: Written, key: Any) -> Written:
+            model, cache = whole(weights), written.cache
             hidden, cache = model.hidden(written.token[:, None], cache, Step(cache.lengths))
             return choose(model, hidden[:, 0], cache, key, written.count)
 
@@ -94,11 +105,13 @@ class Generator:
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[jax.Array, Written]:
         """The token after each prompt, int32 ``(B,)``, and the texts with it."""
         tokens, lengths = self._padded(prompts)
-        return self._prefill(self._state, tokens, lengths, self._key)
+        written = self._prefill(self._weights, tokens, lengths, self._key)
+        return _copy(written.token), written
 
     def step(self, written: Written) -> tuple[jax.Array, Written]:
         """The next token of each text, and the texts with it; ``written`` is used up."""
-        return self._step(self._state, written, self._key)
+        written = self._step(self._weights, written, self._key)
+        return _copy(written.token), written
 
     def stream(
         self, prompts: Sequence[Sequence[int]], count: int, *, eos: Sequence[int] | None = None
