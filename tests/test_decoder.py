@@ -183,6 +183,16 @@ def test_wide_inputs(dtype):
         assert (error > 1e-3) if is_rounded else (error <= step * np.abs(exact).max())
 
 
+@pytest.mark.parametrize("granularity, most", [("tensor", 8), ("row", 8), ((128, 128), 1)])
+def test_up_to_which_rows_inputs_stay_wide(granularity, most):
+    """As many as that is faster for, where nothing is said."""
+    w = jax_fp8.quantize(jnp.ones((128, 128)), granularity=granularity)
+    dense = Dense(w, activation=operand((1, 128) if most == 1 else "row"))
+    inputs = [jnp.ones((rows, 128), jnp.bfloat16) for rows in (most, most + 1)]
+    assert [dense.quantization(x) is None for x in inputs] == [True, False]
+    assert Dense(w, activation=operand(), weight_only_rows=0).quantization(inputs[0]) is not None
+
+
 def test_a_bound_on_the_amax():
     """FBGEMM's: a row's scale is that of the bound at most, and what lies beyond saturates."""
     w = quantized((8, 16))

@@ -14,8 +14,9 @@ import jax_fp8
 from jax_fp8.checkpoint import Activation, concatenate
 
 #: Up to so many rows the weights are decoded and the activations stay wide: reading the weights is
-#: all that counts there, and it saves the time and the error of quantizing activations.
-WEIGHT_ONLY_ROWS = 8
+#: all that counts there, and it saves the time and the error of quantizing activations. The kernel
+#: for few rows takes no scales of blocks: with these it saves time for one row only.
+WEIGHT_ONLY_ROWS, WEIGHT_ONLY_ROWS_OF_BLOCKS = 8, 1
 
 
 class Frozen(nnx.Variable):
@@ -31,7 +32,8 @@ class Dense(nnx.Module):
       activation: how the input of an FP8 weight is quantized.
       input_scale: a static scale, float32 ``()``, or None.
       names: the modules of the checkpoint of which this is made.
-      weight_only_rows: up to so many rows, an input in 16 bits is left wide.
+      weight_only_rows: up to so many rows, an input in 16 bits is left wide; None: as many as that
+        is faster for.
       amax: where a calibration collects the input's amax, or None.
     """
 
@@ -43,7 +45,7 @@ class Dense(nnx.Module):
         activation: Activation | None = None,
         input_scale: Any = None,
         names: Sequence[str] = (),
-        weight_only_rows: int = WEIGHT_ONLY_ROWS,
+        weight_only_rows: int | None = None,
     ) -> None:
         self.granularity: Any = getattr(weight, "granularity", None)
         self.weight = Frozen(weight.data if self.granularity else weight)
@@ -52,6 +54,9 @@ class Dense(nnx.Module):
         self.input_scale: Any = nnx.data(None if input_scale is None else Frozen(input_scale))
         self.activation = activation or Activation(None)
         self.names = tuple(names)
+        if weight_only_rows is None:
+            is_block = isinstance(self.granularity, tuple)
+            weight_only_rows = WEIGHT_ONLY_ROWS_OF_BLOCKS if is_block else WEIGHT_ONLY_ROWS
         self.weight_only_rows = weight_only_rows
         self.amax: Any = nnx.data(None)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import jax_fp8
 from jax_fp8 import checkpoint
 from jax_fp8.decoder.config import DecoderConfig, read_config
-from jax_fp8.decoder.dense import WEIGHT_ONLY_ROWS, Dense, fuse
+from jax_fp8.decoder.dense import Dense, fuse
 from jax_fp8.decoder.model import Block, Decoder
 
 
@@ -36,7 +36,7 @@ def load(
     recipe: str | jax_fp8.Recipe | None = None,
     dequantize: bool = False,
     sharding: Any = None,
-    weight_only_rows: int = WEIGHT_ONLY_ROWS,
+    weight_only_rows: int | None = None,
     progress: bool = False,
 ) -> Decoder:
     """Loads a Llama-like model from a folder of the Hugging Face hub.
@@ -49,7 +49,7 @@ def load(
       dequantize: makes an FP8 checkpoint wide.
       sharding: as of ``checkpoint.load``.
       weight_only_rows: up to so many rows of input, FP8 weights are decoded and the input stays
-        wide.
+        wide; None: as many as that is faster for.
       progress: shows a bar.
 
     Returns:
@@ -75,7 +75,7 @@ def random(
     seed: int = 0,
     dtype: Any = jnp.bfloat16,
     recipe: str | jax_fp8.Recipe | None = None,
-    weight_only_rows: int = WEIGHT_ONLY_ROWS,
+    weight_only_rows: int | None = None,
 ) -> Decoder:
     """A model of random weights, as ``load`` would make it: to measure its speed."""
     return build(config, Random(seed, jnp.dtype(dtype), _recipe(recipe), weight_only_rows))
@@ -133,7 +133,7 @@ class Stored:
     dtype: Any
     recipe: jax_fp8.Recipe | None
     dequantize: bool
-    weight_only_rows: int
+    weight_only_rows: int | None
 
     def __post_init__(self) -> None:
         self._left = self.found.tensors
@@ -199,7 +199,7 @@ class Random:
     seed: int
     dtype: Any
     recipe: jax_fp8.Recipe | None
-    weight_only_rows: int
+    weight_only_rows: int | None
 
     def __post_init__(self) -> None:
         self._key = jax.random.key(self.seed)
@@ -229,7 +229,7 @@ _dequantize = jax.jit(jax_fp8.dequantize, static_argnums=1)
 
 
 def _quantized(
-    weight: jax.Array, bias: Any, name: str, recipe: jax_fp8.Recipe | None, rows: int
+    weight: jax.Array, bias: Any, name: str, recipe: jax_fp8.Recipe | None, rows: int | None
 ) -> Dense:
     if recipe is None:
         return Dense(weight, bias, names=(name,))
