@@ -66,8 +66,11 @@ def _check(paths: list[pathlib.Path]) -> int:
 
 
 def _compare(old: pathlib.Path, new: pathlib.Path, tolerance: float) -> int:
-    before = {found["name"]: found for _, found in _read([old])}
-    after = {found["name"]: found for _, found in _read([new])}
+    before, after = ({found["name"]: found for _, found in _read([path])} for path in (old, new))
+    for path, some in ((old, before), (new, after)):
+        if len(_files(path)) > len(some):
+            print(f"{path} has several results of one benchmark", file=sys.stderr)
+            return 2
     names = [name for name in benchmarks() if name in before and name in after]
     if not names:
         print(f"{old} and {new} have no benchmark in common", file=sys.stderr)
@@ -89,11 +92,12 @@ def _plot(paths: list[pathlib.Path]) -> None:
     for file, one in found.items():
         if drawn := plots.draw(one, file.with_suffix(".png")):
             print(drawn)
-    by_name = {one["name"]: one for one in found.values()}
-    if "ceilings" in by_name:
-        device = results.slug(by_name["ceilings"]["environment"]["device"])
-        folder = next(iter(found)).parent
-        if drawn := plots.draw_roofline(by_name, folder / f"{device}-roofline.png"):
+    for device in sorted({one["environment"]["device"] for one in found.values()}):
+        by_name = {
+            one["name"]: one for one in found.values() if one["environment"]["device"] == device
+        }
+        path = next(iter(found)).parent / f"{results.slug(device)}-roofline.png"
+        if "ceilings" in by_name and (drawn := plots.draw_roofline(by_name, path)):
             print(drawn)
 
 

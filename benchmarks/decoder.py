@@ -20,7 +20,7 @@ from tqdm import tqdm
 from benchmarks import tables, targets
 
 Row = dict[str, Any]
-Timer = Callable[[], tuple[float, float]]
+Timer = Callable[[], float]
 
 NAME = "decoder"
 KEYS = ("model", "phase", "batch", "tokens")
@@ -64,10 +64,9 @@ def run(shapes: str = "all") -> list[Row]:
     """Times steps and prefills; ``shapes`` is a key of SHAPES.
 
     Returns:
-      A row for each problem and variant: ``us`` of a step or a prefill, ``host_us`` until the host
-      has dispatched it, ``tokens_per_s``,
+      A row for each problem and variant: ``us`` of a step or a prefill, ``tokens_per_s``,
       ``weight_bytes`` of the model, ``read_bytes`` of what a step reads of them and
-      ``reading_us``, what that takes at the speed of a large copy.
+      ``reading_us``, what that takes at the speed of a large copy, or None.
     """
     from jax_fp8 import decoder
     from jax_fp8.decoder.measure import weight_bytes
@@ -99,7 +98,7 @@ def run(shapes: str = "all") -> list[Row]:
                 except Exception as error:
                     timers.pop(variant, None)
                     failed[variant] = tables.failure(error)
-            times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in timers}
+            times: dict[str, list[float]] = {variant: [] for variant in timers}
             for _ in range(ROUNDS):
                 for variant, timer in timers.items():
                     times[variant].append(timer())
@@ -108,17 +107,16 @@ def run(shapes: str = "all") -> list[Row]:
                 if variant in failed:
                     row |= failed[variant]
                 else:
-                    both = zip(*times[variant], strict=True)
-                    us, host_us = (1e6 * statistics.median(t) for t in both)
+                    us = 1e6 * statistics.median(times[variant])
                     each = batch * (1 if phase == "decode" else tokens)
-                    row |= {"us": us, "host_us": host_us, "tokens_per_s": 1e6 * each / us}
+                    row |= {"us": us, "tokens_per_s": 1e6 * each / us}
                 rows.append(row)
                 bar.update()
     return rows
 
 
 def _timer(model: Any, phase: str, batch: int, tokens: int) -> Timer:
-    """Seconds of a step, the mean of so many, or of a prefill; and what of them the host takes."""
+    """Seconds of a step, the mean of so many, or of a prefill."""
     from jax_fp8 import decoder
 
     rng = np.random.default_rng(0)
@@ -127,14 +125,12 @@ def _timer(model: Any, phase: str, batch: int, tokens: int) -> Timer:
     generator = decoder.Generator(model, positions=positions)
     prompts = rng.integers(0, model.config.vocab_size, (batch, prompt)).tolist()
 
-    def prefill() -> tuple[float, float]:
+    def prefill() -> float:
         start = time.perf_counter()
-        result = generator.prefill(prompts)
-        dispatched = time.perf_counter()
-        jax.block_until_ready(result)
-        return time.perf_counter() - start, dispatched - start
+        jax.block_until_ready(generator.prefill(prompts))
+        return time.perf_counter() - start
 
-    def decode() -> tuple[float, float]:
+    def decode() -> float:
         # What the texts say does not change the time: a cache of zeros saves compiling a prefill.
         cache = decoder.empty_cache(model.config, batch, positions, model.dtype)
         cache = dataclasses.replace(cache, lengths=jnp.full(batch, prompt, jnp.int32))
@@ -143,9 +139,8 @@ def _timer(model: Any, phase: str, batch: int, tokens: int) -> Timer:
         start = time.perf_counter()
         for _ in range(tokens):
             token, written = generator.step(written)
-        dispatched = time.perf_counter()
         jax.block_until_ready(token)
-        return (time.perf_counter() - start) / tokens, (dispatched - start) / tokens
+        return (time.perf_counter() - start) / tokens
 
     return decode if phase == "decode" else prefill
 
@@ -156,14 +151,15 @@ def table(rows: list[Row]) -> str:
     for (_, phase, batch, tokens), group in tables.groups(rows, KEYS).items():
         for variant, row in group.items():
             us, other = row.get("us"), tables.ratio(group, "bf16", variant)
-            share = 1 - row["reading_us"] / us if us and phase == "decode" else None
+            reading_us = row.get("reading_us")
+            is_known = us and reading_us and phase == "decode"
+            share = 1 - reading_us / us if is_known else None
             lines.append(
                 [
                     f"{phase} of {tokens} tokens" if phase == "prefill" else phase,
                     str(batch),
                     variant,
                     tables.number(us and us / 1e3),
-                    tables.number(row.get("host_us") and row["host_us"] / 1e3),
                     tables.number(row.get("tokens_per_s"), "{:.0f}"),
                     tables.number(other, "{:.2f}"),
                     tables.number(row["weight_bytes"] / 1e9),
@@ -173,10 +169,9 @@ def table(rows: list[Row]) -> str:
     model = next((row["model"] for row in rows), "")
     title = (
         f"{model} with random weights, head and embedding in bf16: ms of a step (a new token for"
-        " each text of the batch) or of a prefill, of which the host takes so many to dispatch it,"
-        " and the share of a step that is not reading the"
+        " each text of the batch) or of a prefill, and the share of a step that is not reading the"
         " weights at the speed of a large copy."
     )
-    header = ["", "batch", "", "ms", "host", "tokens/s", "of bf16", "weights, GB", "not reading"]
+    header = ["", "batch", "", "ms", "tokens/s", "of bf16", "weights, GB", "not reading"]
     parts = [title, tables.markdown(header, lines)]
     return tables.assemble(parts, tables.errors(rows, KEYS))

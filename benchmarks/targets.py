@@ -15,16 +15,21 @@ from benchmarks import dense_layers, gpt, parallel, peers, tables, training
 Row = dict[str, Any]
 Problems = dict[tuple[Any, ...], tables.Group]
 
-MemoryUs = Callable[[float], float]
+MemoryUs = Callable[[float], float | None]
 
 #: Card -> of a large copy, read and written (the benchmark `ceilings`): what "the memory's speed"
 #: is here.
-COPY_BYTES_PER_S = {"NVIDIA H200": 4.255e12, "NVIDIA H100 80GB HBM3": 2.973e12}
+COPY_BYTES_PER_S = {"NVIDIA H200": 4.223e12, "NVIDIA H100 80GB HBM3": 2.973e12}
 
 
-def memory_us(nbytes: float, card: str | None = None) -> float:
-    """What so many bytes take at the memory's speed, of an H200 where the card is not known."""
-    return 1e6 * nbytes / COPY_BYTES_PER_S.get(card or "", COPY_BYTES_PER_S["NVIDIA H200"])
+def memory_us(nbytes: float, card: str = "NVIDIA H200") -> float | None:
+    """What so many bytes take at the memory's speed, or None for a card that was not measured."""
+    rate = COPY_BYTES_PER_S.get(card)
+    return 1e6 * nbytes / rate if rate else None
+
+
+def _over(us: float | None, least: float | None) -> float | None:
+    return us / least if us and least else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +96,7 @@ def _peers(problems: Problems, memory_us: MemoryUs) -> Iterator[Verdict]:
         yield Verdict(f"matmul {_size(key)}, rowwise over its product", over, bound)
         us, bare = tables.value(group, "tensor"), tables.value(group, "bare_tensor")
         second_read_us = memory_us(2.0 * key[0] * key[2])
-        over = (us - second_read_us) / bare if us and bare else None
+        over = _over(us - second_read_us, bare) if us and second_read_us else None
         what = f"matmul {_size(key)}, tensorwise less the second read over its product"
         yield Verdict(what, over, bound)
     for key, group in problems.items():
@@ -115,7 +120,7 @@ def _mlp(problems: Problems, memory_us: MemoryUs) -> Iterator[Verdict]:
             yield Verdict(f"MLP block, M = {m}, bf16 over static", over, 1.87, at_most=False)
         if m <= 16:
             us, nbytes = (tables.value(group, "rowwise", key) for key in ("us", "weights_bytes"))
-            over = us / memory_us(nbytes) if us and nbytes else None
+            over = _over(us, memory_us(nbytes)) if nbytes else None
             yield Verdict(f"MLP block, M = {m}, rowwise over reading the weights", over, 1.4)
 
 
@@ -125,7 +130,7 @@ _ONE_ROW = {(1, 28672, 4096): 1.15, (1, 4096, 4096): 1.7}
 def _weight_only(problems: Problems, memory_us: MemoryUs) -> Iterator[Verdict]:
     for key, bound in _ONE_ROW.items():
         us = tables.value(problems.get(key, {}), "weight_only")
-        over = us / memory_us(key[1] * key[2]) if us else None
+        over = _over(us, memory_us(key[1] * key[2]))
         yield Verdict(f"weight_only {_size(key)}, over reading the weights", over, bound)
 
 
@@ -153,7 +158,7 @@ def _fused(problems: Problems, memory_us: MemoryUs) -> Iterator[Verdict]:
                 nbytes = 1e3 * rate * us
                 if name == "tensor":  # It computes what it quantizes twice.
                     nbytes += elements * (4 if producer == "swiglu" else 2)
-                over = (us - 2.0) / memory_us(nbytes)
+                over = _over(us - 2.0, memory_us(nbytes))
             what = f"{producer} {rows} x {columns}, {name}, less 2 us over moving its bytes"
             yield Verdict(what, over, 1.15)
 
@@ -226,7 +231,7 @@ def _decoder(problems: Problems, memory_us: MemoryUs) -> Iterator[Verdict]:
         if place[0] == "prefill":
             continue
         us, nbytes = (tables.value(group, "bf16", key) for key in ("us", "read_bytes"))
-        over = us / memory_us(nbytes) if us and nbytes else None
+        over = _over(us, memory_us(nbytes)) if nbytes else None
         yield Verdict(f"{said}, bf16 over reading its weights", over, 1.3)
         ours, wide = (tables.value(group, v, "weight_bytes") for v in ("rowwise", "bf16"))
         share = ours / wide if ours and wide else None
@@ -284,6 +289,6 @@ def check(results: dict[str, Any], keys: tuple[str, ...]) -> list[Verdict]:
       keys: what tells its problems apart, the benchmark's KEYS.
     """
     checks = CHECKS.get(results["name"])
-    card = results.get("environment", {}).get("device")
+    card = results.get("environment", {}).get("device", "NVIDIA H200")
     of_card = functools.partial(memory_us, card=card)
     return list(checks(tables.groups(results["rows"], keys), of_card)) if checks else []

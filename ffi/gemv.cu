@@ -19,8 +19,8 @@ constexpr int kRound = 128 * kWarps;  // Codes of a row that all warps take at o
 //
 // Memory is at its best where 128 bytes of a row are read at once, so 8 threads share a row. In an
 // mma that is two groups of 4 threads, which hold different k of the same row: of its 16 rows and 8
-// columns, each stands for one half of K of a row of W or X, and of the 8 x 4 sums that it is worth
-// half are of halves that do not belong together.
+// columns, each stands for one half of K of a row of W or X. Half of its 16 x 8 sums are of halves
+// that do not belong together; the others, two by two, make 8 x 4.
 template <Type x_kind, bool e4m3, int columns>
 __global__ void __launch_bounds__(kThreads, kBlocks) gemv_kernel(Product p, int tiles) {
 #if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
@@ -134,15 +134,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks) gemv_kernel(Product p, int 
       }
     }
     __syncthreads();
-    if (!finishes) continue;
-    float total = 0.0f;
+    if (finishes) {
+      float total = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kWarps; ++i) total += parts[parity][i][row][m];
-    float value = apply_scales(total, x_scale, w_scale);
-    if (p.bias != nullptr) value += bias;
-    value = activate(p.activation, value);
-    store(p, value, (int64_t{b} * m_size + m) * n_size + n);
-    largest = bits_float(max(float_bits(largest), float_bits(fabsf(value))));
+      for (int i = 0; i < kWarps; ++i) total += parts[parity][i][row][m];
+      float value = apply_scales(total, x_scale, w_scale);
+      if (p.bias != nullptr) value += bias;
+      value = activate(p.activation, value);
+      store(p, value, (int64_t{b} * m_size + m) * n_size + n);
+      largest = bits_float(max(float_bits(largest), float_bits(fabsf(value))));
+    }
+    __syncwarp();
   }
   if (p.amax != nullptr) amax_to_memory(p.amax, largest);
 #endif

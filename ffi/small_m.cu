@@ -341,10 +341,10 @@ bool small_m_wins(const Product& p, int capability) {
   // activations takes 39 us for 64 x 28672 x 4096 (here 84), but 16 for 16 x 4096 x 4096 (here 9).
   if (!is_fp8(p.x.type)) return p.m <= 16 || p.n <= 8192;
   if (p.x.type == Type::kE5M2 && p.w.type == Type::kE5M2) return true;
-  // Both products of an MLP together take 63 us for one row and 65 for eight, with cublasLt's best
-  // 66, with tensor as with row scales; for a mixture of both one more kernel has to spread the
-  // tensor's.
-  return p.m <= kGemvM;
+  // Both products of an MLP take 62 us for one row, with cublasLt's best 66, with tensor as with
+  // row scales; for a mixture of both one more kernel has to spread the tensor's. Short rows are
+  // not enough for all of its warps.
+  return p.m <= kGemvM && p.k >= 1024;
 }
 
 cudaError_t small_m_matmul(const Product& p, cudaStream_t stream) {

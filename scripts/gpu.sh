@@ -63,7 +63,8 @@ run_sanitize() {
       # Where there are no such barriers, their table would only take the memory.
       barriers=()
       case $tool-$what in
-        racecheck-small_m | racecheck-decode | synccheck-small_m | synccheck-decode)
+        racecheck-small_m | racecheck-decode | racecheck-cublaslt | \
+          synccheck-small_m | synccheck-decode | synccheck-cublaslt)
           barriers=(--num-cuda-barriers 20000) ;;
       esac
       # The platform's allocator makes one allocation of each buffer, so that an access beyond a

@@ -28,7 +28,7 @@ LARGEST_TENSOR = (3000, 4100)  # For which a thread's registers are too few.
 PRODUCT_SHAPES = ((130, 136, 272), (33, 21, 45))  # M, N, K
 SMALL_M_SHAPES = (
     *((1, 136, 272), (7, 40, 1040), (16, 40, 1040), (20, 21, 16), (64, 50, 144)),
-    *((3, 4300, 144), (17, 4300, 144)),  # More tiles than blocks.
+    *((3, 8500, 144), (17, 8500, 144)),  # Three tiles for some blocks.
 )
 # Ragged, and then such as take tiles of other sizes in the Hopper kernel.
 WIDE_SHAPES = (
@@ -188,8 +188,8 @@ def check_known_amaxes():
 # --- The fused producers --------------------------------------------------------------------------
 
 # Vector loads with whole and partial blocks and more rows than one wave; columns that leave packs
-# partial; rows longer than a thread block holds.
-FUSED_SHAPES = ((300, 264), (3, 131), (2, 16_520))
+# partial; rows longer than a thread block holds; and those that leave nothing over.
+FUSED_SHAPES = ((300, 264), (3, 131), (2, 16_520), (2, 16_384))
 
 
 def check_fused(producer):

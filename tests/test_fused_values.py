@@ -103,6 +103,22 @@ def test_more_rows_than_one_wave(rng, producer, granularity):
         check(producer, operands(rng, producer, shape, ref.BF16), "kernel", granularity)
 
 
+@pytest.mark.gpu
+@producers
+@granularities
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("wide", [ref.BF16, ref.F16], ids=pair_id)
+def test_rows_that_leave_nothing_over(rng, producer, granularity, static, wide):
+    """For which there are kernels of their own, if all is of one type and the result E4M3."""
+    for shape in ((600, 4096), (200, 14336)):
+        data = operands(rng, producer, shape, wide, weight_type=wide)
+        scale = None
+        if static:
+            scale = np.exp2(rng.uniform(-8, -4, ref.scale_shape(shape, granularity)))
+            scale = scale.astype(np.float32)
+        check(producer, data, "kernel", granularity, scale=scale)
+
+
 @norms
 @pytest.mark.parametrize("weight_type", ref.WIDE, ids=pair_id)
 @pytest.mark.parametrize("wide", ref.WIDE, ids=pair_id)

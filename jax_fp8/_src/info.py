@@ -86,7 +86,8 @@ def choose(
         product = _choice(
             "cublaslt",
             f"FP8 tensor cores; row scales are applied {rows}",
-            "for what cublasLt does not take (16-bit activations, E5M2 by E5M2, "
+            ("'small_m' up to 8 rows; " if hopper else "")
+            + "for what cublasLt does not take (16-bit activations, E5M2 by E5M2, "
             + ("unaligned data): 'small_m' or 'decode'" if hopper else "blocks, ...): 'decode'"),
         )
     return {"scaled_matmul": product, "quantize": quantize}

@@ -70,7 +70,7 @@ class Step:
 
     def write(self, cache: jax.Array, new: jax.Array) -> jax.Array:
         """The cache with the new keys or values."""
-        if len(cache) == 1:  # One copy, where a scatter also looks whether it is inside.
+        if len(cache) == 1:  # One copy, where a scatter would also look whether it is inside.
             start = (0, self.lengths[0], 0, 0)
             return jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), start)
         at = jnp.arange(len(cache)), self.lengths

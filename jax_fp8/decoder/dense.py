@@ -14,8 +14,8 @@ import jax_fp8
 from jax_fp8.checkpoint import Activation, concatenate
 
 #: Up to so many rows the weights are decoded and the activations stay wide: reading the weights is
-#: all that counts there, and it saves the time and the error of quantizing activations. The kernel
-#: for few rows takes no scales of blocks: with these it saves time for one row only.
+#: all that counts there, and it saves the time and the error of quantizing activations. Measured on
+#: Hopper, whose kernel for few rows takes no scales of blocks.
 WEIGHT_ONLY_ROWS, WEIGHT_ONLY_ROWS_OF_BLOCKS = 8, 1
 
 
@@ -33,7 +33,7 @@ class Dense(nnx.Module):
       input_scale: a static scale, float32 ``()``, or None.
       names: the modules of the checkpoint of which this is made.
       weight_only_rows: up to so many rows, an input in 16 bits is left wide; None: as many as that
-        is faster for.
+        is faster for on Hopper.
       amax: where a calibration collects the input's amax, or None.
     """
 
@@ -128,7 +128,10 @@ class Parallel(nnx.Module):
 
     def quantization(self, x: jax.Array) -> dict[str, Any] | None:
         """As of a Dense, where all parts agree; None else, and each quantizes for itself."""
-        same = {(p.activation, p.input_scale is None, p.scale is None) for p in self.parts}
+        same = {
+            (p.activation, p.input_scale is None, p.scale is None, p.weight_only_rows)
+            for p in self.parts
+        }
         agree = len(same) == 1 and self.parts[0].input_scale is None
         return self.parts[0].quantization(x) if agree else None
 

@@ -93,7 +93,7 @@ class Generator:
 
         # All of it is donated, and there is no other result, so that a step finds its buffers where
         # they were the last time: else XLA would write all of its CUDA graph anew for each step,
-        # which takes the host longer than the GPU takes for the step.
+        # and the GPU would wait for that.
         @functools.partial(jax.jit, donate_argnames="written")
         def step(weights: list[Any], written: Written, key: Any) -> Written:
             model, cache = whole(weights), written.cache
@@ -109,7 +109,10 @@ class Generator:
         return _copy(written.token), written
 
     def step(self, written: Written) -> tuple[jax.Array, Written]:
-        """The next token of each text, and the texts with it; ``written`` is used up."""
+        """The next token of each text, and the texts with it; ``written`` is used up.
+
+        There must be a position left for it: no step looks at that, ``stream`` does beforehand.
+        """
         written = self._step(self._weights, written, self._key)
         return _copy(written.token), written
 

@@ -49,7 +49,7 @@ def load(
       dequantize: makes an FP8 checkpoint wide.
       sharding: as of ``checkpoint.load``.
       weight_only_rows: up to so many rows of input, FP8 weights are decoded and the input stays
-        wide; None: as many as that is faster for.
+        wide; None: as many as that is faster for on Hopper.
       progress: shows a bar.
 
     Returns:
