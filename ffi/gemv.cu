@@ -11,7 +11,6 @@ namespace {
 // Of the rows, threads and blocks that were tried on an H100, these came closest to a plain read.
 constexpr int kWarps = 8, kThreads = 32 * kWarps, kBlocks = 2;  // Blocks on a multiprocessor.
 constexpr int kFragments = 2, kTileRows = 8 * kFragments;
-constexpr int kRound = 128 * kWarps;  // Codes of a row that all warps take at once.
 
 // A block goes through tiles of rows of W, every gridDim.x-th one. Its warps share K, in turns of
 // 128 codes; their sums meet at the end of the tile. What is read next, of this tile or the one
@@ -26,6 +25,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) gemv_kernel(Product p, int 
 #if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
   constexpr Type mma = x_kind == Type::kBF16 ? Type::kBF16 : Type::kF16;
   constexpr int x_width = x_kind == Type::kE4M3 ? 1 : 2;
+  constexpr int kRound = 128 * kWarps;         // Codes of a row that all warps take at once.
   constexpr int depth = columns == 1 ? 2 : 1;  // Rounds on their way; registers suffice for these.
   __shared__ float parts[2][kWarps][kTileRows][4 * columns + 1];
 
