@@ -314,7 +314,7 @@ def dispatch_us(
     last result is held during a call, so that the next one lies elsewhere and XLA writes the
     command buffers anew.
     """
-    function = jax.jit(call)  # One that is jitted already is compiled once.
+    function = jax.jit(call)  # Of the same call it is the same: turns compile once.
     times, held = [], []
     for _ in range(warm + repeats):
         start = time.perf_counter()
