@@ -2,6 +2,7 @@
 #include <type_traits>
 
 #include "ffi/finish.h"
+#include "ffi/fused.h"
 #include "ffi/gemv.h"
 #include "ffi/small_m_device.h"
 
@@ -11,6 +12,59 @@ namespace {
 // Of the rows, threads and blocks that were tried on an H100, these came closest to a plain read.
 constexpr int kWarps = 8, kThreads = 32 * kWarps, kBlocks = 2;  // Blocks on a multiprocessor.
 constexpr int kFragments = 2, kTileRows = 8 * kFragments;
+constexpr int64_t kNormBytes = 96 << 10;  // Of shared memory for X, with as many blocks as without.
+
+// What stands around a product. kResidual: nothing else; the others may have one too.
+enum class Around { kNone, kResidual, kNorm, kSwiglu, kNormSwiglu };
+
+#if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+// X times the norm's weight, in packs of 8, and the weight behind it.
+extern __shared__ uint4 x_memory[];
+
+// Where a pack lies in its row: so that 8 threads, of which each reads every other pack, meet no
+// bank twice.
+__device__ int place_of(int pack) { return pack ^ (pack >> 3 & 1); }
+
+// Asks for X and the weight; a thread gets the packs that it will multiply.
+__device__ void copy_x(const Product& p, int thread) {
+  const int m_size = static_cast<int>(p.m), packs = static_cast<int>(p.k / 8);
+  const auto* const x = reinterpret_cast<const uint4*>(p.x.data) + blockIdx.y * p.m * packs;
+  const auto* const weight = reinterpret_cast<const uint4*>(p.norm_weight);
+  for (int i = thread; i < packs; i += kThreads) {
+    copy_pack(x_memory + m_size * packs + i, weight + i);
+    for (int m = 0; m < m_size; ++m) {
+      copy_pack(x_memory + m * packs + place_of(i), x + m * packs + i);
+    }
+  }
+}
+
+// Multiplies what copy_x has asked for. The squares of X that the warp has are added up, for each
+// row.
+template <int rows>
+__device__ void multiply_x(const Product& p, int thread, float (&warp_squares)[rows]) {
+  const int m_size = static_cast<int>(p.m), packs = static_cast<int>(p.k / 8);
+  float squares[rows] = {};
+  wait_for_packs();
+  for (int i = thread; i < packs; i += kThreads) {
+    const uint4 weight = x_memory[m_size * packs + i];
+#pragma unroll
+    for (int m = 0; m < rows; ++m) {
+      if (m >= m_size) break;
+      uint4& x = x_memory[m * packs + place_of(i)];
+      const uint4 value = x;
+      squares[m] += sum_of_squares(value);
+      x = multiply_bf16(value, weight);
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < rows; ++m) {
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+      squares[m] += __shfl_xor_sync(0xffffffffu, squares[m], lanes);
+    }
+    if (thread % 32 == 0) warp_squares[m] = squares[m];
+  }
+}
+#endif
 
 // A block goes through tiles of rows of W, every gridDim.x-th one. Its warps share K, in turns of
 // 128 codes; their sums meet at the end of the tile. What is read next, of this tile or the one
@@ -20,29 +74,41 @@ constexpr int kFragments = 2, kTileRows = 8 * kFragments;
 // mma that is two groups of 4 threads, which hold different k of the same row: of its 16 rows and 8
 // columns, each stands for one half of K of a row of W or X. Half of its 16 x 8 sums are of halves
 // that do not belong together; the others, two by two, make 8 x 4.
-template <Type x_kind, bool e4m3, int columns>
+//
+// What fused_matmul.h puts around a product costs no more than this:
+// - Norm: a block has all of X in shared memory, times the norm's weight, before the first of W has
+//   come; the rows' RMS are needed at the end of a tile.
+// - SwiGLU: one half of a tile are gates, the other half the values that go with them.
+template <Type x_kind, bool e4m3, int columns, Around around>
 __global__ void __launch_bounds__(kThreads, kBlocks) gemv_kernel(Product p, int tiles) {
 #if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
   constexpr Type mma = x_kind == Type::kBF16 ? Type::kBF16 : Type::kF16;
   constexpr int x_width = x_kind == Type::kE4M3 ? 1 : 2;
   constexpr int kRound = 128 * kWarps;         // Codes of a row that all warps take at once.
   constexpr int depth = columns == 1 ? 2 : 1;  // Rounds on their way; registers suffice for these.
+  constexpr bool norm = around == Around::kNorm || around == Around::kNormSwiglu;
+  constexpr bool swiglu = around == Around::kSwiglu || around == Around::kNormSwiglu;
+  constexpr int tile_rows = swiglu ? kTileRows / 2 : kTileRows;
   __shared__ float parts[2][kWarps][kTileRows][4 * columns + 1];
+  __shared__ float row_squares[norm ? kWarps : 1][4 * columns];
 
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int b = static_cast<int>(blockIdx.y);
   const int k_size = static_cast<int>(p.k), m_size = static_cast<int>(p.m);
-  const int n_size = static_cast<int>(p.n);
+  const int d_size = static_cast<int>(p.d_columns());
+  const int second_half = swiglu ? d_size : kTileRows / 2;  // Rows from the first to the second.
   const Type w_type = e4m3 ? Type::kE4M3 : p.w.type;
   const Type x_type = e4m3 ? Type::kE4M3 : p.x.type;
   const int column = warp * 128 + lane % 8 * 16, own_row = lane / 8;
   const int rounds = (k_size + kRound * depth - 1) / (kRound * depth) * depth;
-  const int tile_step = static_cast<int>(gridDim.x) * kTileRows;
+  const int tile_step = static_cast<int>(gridDim.x) * tile_rows;
+  [[maybe_unused]] const int swapped = lane % 8 / 4;  // place_of
   const uint8_t* const x = p.x.data + (int64_t{b} * m_size + own_row) * k_size * x_width;
 
   const uint64_t policy = policy_read_once();
-  int fetch_n = static_cast<int>(blockIdx.x) * kTileRows + own_row, fetch_k = column;
-  const uint8_t* w = p.w.data + (int64_t{b} * n_size + fetch_n) * k_size;
+  int fetch_n = static_cast<int>(blockIdx.x) * tile_rows + own_row, fetch_k = column;
+  const uint8_t* w = p.w.data + (b * p.n + fetch_n) * k_size;
+  if constexpr (norm) copy_x(p, thread);  // Ahead of W, whose queue is long.
   // For X in 16 bits there are no registers to ask for it as early as for W.
   constexpr bool x_early = x_width == 1;
   uint4 w_ring[depth][2 * kFragments], x_ring[depth][columns][x_width];
@@ -50,19 +116,27 @@ __global__ void __launch_bounds__(kThreads, kBlocks) gemv_kernel(Product p, int 
 #pragma unroll
     for (int c = 0; c < columns; ++c) {
       const bool exists = own_row + 4 * c < m_size && k < k_size;
-      const uint8_t* const source = x + (4 * c * int64_t{k_size} + k) * x_width;
+      if constexpr (norm) {
+        const uint4* const source = x_memory + (own_row + 4 * c) * (k_size / 8) + k / 8;
+        values[c][0] = exists ? source[swapped] : uint4{};
+        values[c][1] = exists ? source[swapped ^ 1] : uint4{};
+      } else {
+        const uint8_t* const source = x + (4 * c * int64_t{k_size} + k) * x_width;
 #pragma unroll
-      for (int i = 0; i < x_width; ++i) {
-        values[c][i] = exists ? load_often(source + 16 * i) : uint4{};
+        for (int i = 0; i < x_width; ++i) {
+          values[c][i] = exists ? load_often(source + 16 * i) : uint4{};
+        }
       }
     }
   };
   const auto fetch = [&](int slot) {
 #pragma unroll
     for (int i = 0; i < 2 * kFragments; ++i) {
-      w_ring[slot][i] = fetch_k < k_size && fetch_n + 4 * i < n_size
-                            ? load_once(w + 4 * i * int64_t{k_size} + fetch_k, policy)
-                            : uint4{};
+      const int half = i / 2, n = i % 2 * 4;
+      w_ring[slot][i] =
+          fetch_k < k_size && fetch_n + n + (swiglu ? 0 : half * second_half) < d_size
+              ? load_once(w + (half * second_half + n) * int64_t{k_size} + fetch_k, policy)
+              : uint4{};
     }
     if constexpr (x_early) load_x(x_ring[slot], fetch_k);
     fetch_k += kRound;
@@ -74,18 +148,35 @@ __global__ void __launch_bounds__(kThreads, kBlocks) gemv_kernel(Product p, int 
   };
 #pragma unroll
   for (int d = 0; d < depth; ++d) fetch(d);
+  if constexpr (norm) multiply_x<4 * columns>(p, thread, row_squares[warp]);
 
   // The element of a tile that a thread finishes, if any.
-  const int row = thread % kTileRows, m = thread / kTileRows;
-  const float x_scale = m < m_size ? p.x.scale_at(b, m, 0) : 0.0f;
+  const int row = thread % tile_rows, m = thread / tile_rows;
+  float x_scale = m < m_size ? p.x.scale_at(b, m, 0) : 0.0f;
+  if constexpr (norm) {
+    __syncthreads();
+    float total = 0.0f;
+    for (int i = 0; i < kWarps && m < m_size; ++i) total += row_squares[i][m];
+    x_scale = reciprocal_deviation(total / static_cast<float>(k_size), p.eps);
+  }
   float largest = 0.0f;
   int parity = 0;  // So that no warp writes what another still adds up.
   for (int tile = static_cast<int>(blockIdx.x); tile < tiles; tile += gridDim.x, parity ^= 1) {
-    const int n = tile * kTileRows + row;
-    const bool finishes = m < m_size && n < n_size;
+    const int n = tile * tile_rows + row;
+    const bool finishes = m < m_size && n < d_size;
     // Loaded here, needed at the end of the tile.
-    const float w_scale = finishes ? p.w.scale_at(b, n, 0) : 0.0f;
-    const float bias = finishes && p.bias != nullptr ? load_as_float(p.bias, p.bias_type, n) : 0.0f;
+    float w_scale = 0.0f, up_scale = 0.0f, bias = 0.0f, up_bias = 0.0f, residual = 0.0f;
+    if (finishes) {
+      w_scale = p.w.scale_at(b, n, 0);
+      if (p.bias != nullptr) bias = load_as_float(p.bias, p.bias_type, n);
+      if (swiglu) {
+        up_scale = p.w.scale_at(b, n + d_size, 0);
+        if (p.bias != nullptr) up_bias = load_as_float(p.bias, p.bias_type, n + d_size);
+      }
+      if (around != Around::kNone && p.residual != nullptr) {
+        residual = __bfloat162float(p.residual[(int64_t{b} * m_size + m) * d_size + n]);
+      }
+    }
     float sums[kFragments][columns][4] = {};
     for (int round = 0; round < rounds; round += depth) {
 #pragma unroll
@@ -135,13 +226,21 @@ __global__ void __launch_bounds__(kThreads, kBlocks) gemv_kernel(Product p, int 
     }
     __syncthreads();
     if (finishes) {
-      float total = 0.0f;
+      float total = 0.0f, up = 0.0f;
 #pragma unroll
-      for (int i = 0; i < kWarps; ++i) total += parts[parity][i][row][m];
+      for (int i = 0; i < kWarps; ++i) {
+        total += parts[parity][i][row][m];
+        if (swiglu) up += parts[parity][i][row + kTileRows / 2][m];
+      }
       float value = apply_scales(total, x_scale, w_scale);
       if (p.bias != nullptr) value += bias;
-      value = activate(p.activation, value);
-      store(p, value, (int64_t{b} * m_size + m) * n_size + n);
+      if constexpr (around != Around::kNone) {
+        if (swiglu) value = silu(value) * (apply_scales(up, x_scale, up_scale) + up_bias);
+        if (p.residual != nullptr) value += residual;
+      } else {
+        value = activate(p.activation, value);
+      }
+      store(p, value, (int64_t{b} * m_size + m) * d_size + n);
       largest = bits_float(max(float_bits(largest), float_bits(fabsf(value))));
     }
     __syncwarp();
@@ -152,28 +251,52 @@ __global__ void __launch_bounds__(kThreads, kBlocks) gemv_kernel(Product p, int 
 
 }  // namespace
 
+bool gemv_takes_norm(const Product& p) {
+  return p.m <= kGemvM && (p.m + 1) * p.k * 2 <= kNormBytes;
+}
+
 cudaError_t gemv(const Product& p, int processors, cudaStream_t stream) {
-  const auto launch = [&](auto x_kind, auto e4m3, auto columns) {
-    const int64_t tiles = ceil_div(p.n, kTileRows);
+  const auto launch = [&](auto x_kind, auto e4m3, auto columns, auto around) {
+    const auto kernel = gemv_kernel<decltype(x_kind)::value, decltype(e4m3)::value,
+                                    decltype(columns)::value, decltype(around)::value>;
+    const int bytes = p.norm_weight == nullptr ? 0 : static_cast<int>((p.m + 1) * p.k * 2);
+    if (bytes > 0) {
+      const cudaError_t error =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+      if (error != cudaSuccess) return error;
+    }
+    const int64_t tiles = ceil_div(p.d_columns(), p.swiglu ? kTileRows / 2 : kTileRows);
     const int64_t blocks = std::max<int64_t>(1, processors * kBlocks / p.batch);
     const dim3 grid(static_cast<unsigned>(std::min(tiles, blocks)), static_cast<unsigned>(p.batch));
-    gemv_kernel<decltype(x_kind)::value, decltype(e4m3)::value, decltype(columns)::value>
-        <<<grid, kThreads, 0, stream>>>(p, static_cast<int>(tiles));
+    kernel<<<grid, kThreads, bytes, stream>>>(p, static_cast<int>(tiles));
     return cudaGetLastError();
   };
-  const auto launch_for_m = [&](auto x_kind, auto e4m3) {
-    if (p.m <= 4) return launch(x_kind, e4m3, std::integral_constant<int, 1>());
-    return launch(x_kind, e4m3, std::integral_constant<int, 2>());
+  const auto launch_for_m = [&](auto x_kind, auto e4m3, auto around) {
+    if (p.m <= 4) return launch(x_kind, e4m3, std::integral_constant<int, 1>(), around);
+    return launch(x_kind, e4m3, std::integral_constant<int, 2>(), around);
   };
+  using None = std::integral_constant<Around, Around::kNone>;
+  using Bf16 = std::integral_constant<Type, Type::kBF16>;
+  const auto launch_around = [&](auto around) {
+    return launch_for_m(Bf16(), std::true_type(), around);
+  };
+  if (p.norm_weight != nullptr && p.swiglu) {
+    return launch_around(std::integral_constant<Around, Around::kNormSwiglu>());
+  }
+  if (p.norm_weight != nullptr) {
+    return launch_around(std::integral_constant<Around, Around::kNorm>());
+  }
+  if (p.swiglu) return launch_around(std::integral_constant<Around, Around::kSwiglu>());
+  if (p.residual != nullptr) {
+    return launch_around(std::integral_constant<Around, Around::kResidual>());
+  }
   // Where all that is FP8 is E4M3; else each decoding asks for the format, which takes time.
   const auto launch_for = [&](auto e4m3) {
-    if (p.x.type == Type::kBF16) {
-      return launch_for_m(std::integral_constant<Type, Type::kBF16>(), e4m3);
-    }
+    if (p.x.type == Type::kBF16) return launch_for_m(Bf16(), e4m3, None());
     if (p.x.type == Type::kF16) {
-      return launch_for_m(std::integral_constant<Type, Type::kF16>(), e4m3);
+      return launch_for_m(std::integral_constant<Type, Type::kF16>(), e4m3, None());
     }
-    return launch_for_m(std::integral_constant<Type, Type::kE4M3>(), e4m3);
+    return launch_for_m(std::integral_constant<Type, Type::kE4M3>(), e4m3, None());
   };
   const bool e4m3 = p.w.type == Type::kE4M3 && p.x.type != Type::kE5M2;
   return e4m3 ? launch_for(std::true_type()) : launch_for(std::false_type());

@@ -10,6 +10,9 @@ namespace jax_fp8 {
 
 constexpr int64_t kGemvM = 8;
 
+// Whether it can have all of X in shared memory, as a norm of X takes.
+bool gemv_takes_norm(const Product& product);
+
 // For what small_m_refusal lets pass, with M <= kGemvM.
 cudaError_t gemv(const Product& product, int processors, cudaStream_t stream);
 

@@ -12,6 +12,8 @@ Stages cast_transpose_cpu_stages();
 Stages cast_transpose_cuda_stages();
 Stages line_amaxes_cpu_stages();
 Stages line_amaxes_cuda_stages();
+Stages fused_matmul_cpu_stages();
+Stages fused_matmul_cuda_stages();
 Stages fused_quantize_cpu_stages();
 Stages fused_quantize_cuda_stages();
 Stages quantize_cpu_stages();

@@ -29,19 +29,22 @@ nb::dict capsules(const Stages& stages) {
 }
 
 nb::dict registrations() {
-  nb::dict cast_transpose, fused, line_amaxes, quantize, scaled_matmul, all;
+  nb::dict cast_transpose, fused_matmul, fused_quantize, line_amaxes, quantize, scaled_matmul, all;
   cast_transpose["cpu"] = capsules(cast_transpose_cpu_stages());
   cast_transpose["CUDA"] = capsules(cast_transpose_cuda_stages());
   line_amaxes["cpu"] = capsules(line_amaxes_cpu_stages());
   line_amaxes["CUDA"] = capsules(line_amaxes_cuda_stages());
-  fused["cpu"] = capsules(fused_quantize_cpu_stages());
-  fused["CUDA"] = capsules(fused_quantize_cuda_stages());
+  fused_matmul["cpu"] = capsules(fused_matmul_cpu_stages());
+  fused_matmul["CUDA"] = capsules(fused_matmul_cuda_stages());
+  fused_quantize["cpu"] = capsules(fused_quantize_cpu_stages());
+  fused_quantize["CUDA"] = capsules(fused_quantize_cuda_stages());
   quantize["cpu"] = capsules(quantize_cpu_stages());
   quantize["CUDA"] = capsules(quantize_cuda_stages());
   scaled_matmul["cpu"] = capsules(scaled_matmul_cpu_stages());
   scaled_matmul["CUDA"] = capsules(scaled_matmul_cuda_stages());
   all["jax_fp8_cast_transpose"] = cast_transpose;
-  all["jax_fp8_fused_quantize"] = fused;
+  all["jax_fp8_fused_matmul"] = fused_matmul;
+  all["jax_fp8_fused_quantize"] = fused_quantize;
   all["jax_fp8_line_amaxes"] = line_amaxes;
   all["jax_fp8_quantize"] = quantize;
   all["jax_fp8_scaled_matmul"] = scaled_matmul;

@@ -58,6 +58,13 @@ struct Product {
   float* amax;                     // Likewise.
   bool fast;                       // Accumulation.
 
+  // What fused_matmul.h puts around a product of bfloat16 X and D; null and false elsewhere.
+  const __nv_bfloat16* norm_weight;  // (k,), of an RMSNorm of X, or null.
+  float eps;                         // Of the norm.
+  bool swiglu;                    // D is (m, n / 2): silu of the first columns, times the others.
+  const __nv_bfloat16* residual;  // Of D's shape, added at the end, or null.
+
+  __host__ __device__ int64_t d_columns() const { return swiglu ? n / 2 : n; }
   bool blocks() const { return x.per_block() || w.per_block(); }
 };
 

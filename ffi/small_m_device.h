@@ -50,6 +50,15 @@ __device__ void copy_box(void* target, const CUtensorMap& map, int column, int r
       : "memory");
 }
 
+// 16 bytes into shared memory, to be there after wait_for_packs.
+__device__ void copy_pack(uint4* target, const uint4* source) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(target)),
+               "l"(source)
+               : "memory");
+}
+
+__device__ void wait_for_packs() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // 16 bytes, by way of L1.
 __device__ uint4 load_often(const uint8_t* source) {
   uint4 v;
@@ -129,6 +138,33 @@ __device__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint2 b) {
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
   }
+}
+
+// --- Pairs of bfloat16 ---------------------------------------------------------------------------
+
+__device__ float2 floats_of(uint32_t pair) {
+  return {bits_float(pair << 16), bits_float(pair & 0xffff0000u)};
+}
+
+__device__ float sum_of_squares(const uint4& packed) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = floats_of(word_of(packed, i));
+    sum += pair.x * pair.x + pair.y * pair.y;
+  }
+  return sum;
+}
+
+__device__ uint4 multiply_bf16(const uint4& a, const uint4& b) {
+  uint4 product;
+  const auto* const left = reinterpret_cast<const __nv_bfloat162*>(&a);
+  const auto* const right = reinterpret_cast<const __nv_bfloat162*>(&b);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    reinterpret_cast<__nv_bfloat162*>(&product)[i] = __hmul2(left[i], right[i]);
+  }
+  return product;
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ from jax_fp8._src.fused import (
     rms_norm_quantize,
     swiglu_quantize,
 )
+from jax_fp8._src.fused_matmul import fused_matmul
 from jax_fp8._src.health import HealthProbe, OperandStats, health_probe, summarize
 from jax_fp8._src.health_plot import plot_health
 from jax_fp8._src.matmul import matmul
@@ -45,6 +46,7 @@ __all__ = [
     "dot_general",
     "einsum",
     "export_plans",
+    "fused_matmul",
     "gelu_quantize",
     "health_probe",
     "import_plans",

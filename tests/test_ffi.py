@@ -98,6 +98,8 @@ def registered(monkeypatch):
 ALL = [
     ("jax_fp8_cast_transpose", "CUDA", ["execute"]),
     ("jax_fp8_cast_transpose", "cpu", ["execute"]),
+    ("jax_fp8_fused_matmul", "CUDA", ["execute"]),
+    ("jax_fp8_fused_matmul", "cpu", ["execute"]),
     ("jax_fp8_fused_quantize", "CUDA", ["execute"]),
     ("jax_fp8_fused_quantize", "cpu", ["execute"]),
     ("jax_fp8_line_amaxes", "CUDA", ["execute"]),

@@ -38,7 +38,7 @@ def batch_product(
         return (y, inverse_out_scale), (True, in_batched[5])
     # The handlers know one bias, one output scale and one amax for all that they multiply.
     if config.implementation == "naive":  # Another order of the roundings would not be the loop's.
-        return _loop(operation(config), in_batched, operands), (True, True)
+        return loop(operation(config), in_batched, operands), (True, True)
     placeholders = jnp.zeros((1,), jnp.float32), jnp.ones((1,), jnp.float32)
     sums = dataclasses.replace(
         config, out_dtype=jnp.dtype(jnp.float32), has_bias=False, activation=None
@@ -53,9 +53,8 @@ def batch_product(
     return finished(y, bias, inverse_out_scale), (True, True)
 
 
-def _loop(
-    run: Callable[..., Any], in_batched: Sequence[bool], operands: Sequence[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
+def loop(run: Callable[..., Any], in_batched: Sequence[bool], operands: Sequence[jax.Array]) -> Any:
+    """Runs one entry after the other."""
     own = {i: whole_along(array, 0) for i, array in enumerate(operands) if in_batched[i]}
 
     def one(entry: dict[int, jax.Array]) -> Any:

@@ -276,6 +276,39 @@ def scaled_matmul(
     )
 
 
+def fused_matmul(
+    operands: tuple[jax.Array | None, ...],
+    *,
+    eps: float,
+    activation: str,
+    columns: int,
+    implementation: str,
+    capability: int,
+) -> jax.Array:
+    """Calls ``jax_fp8_fused_matmul``: x (M, K) and w (N, K) to (M, columns).
+
+    ``operands`` are x, w, its scale, the bias, the norm's weight and the residual, of which the
+    last three may be None.
+    """
+    register()
+    x, w, w_scale, *others = operands
+    assert x is not None and w is not None
+    results = (
+        _result(x, (x.shape[0], columns), x.dtype),
+        _result(x, x.shape, x.dtype),
+        _result(x, (x.shape[0], w.shape[0]), jnp.float32),
+    )
+    none = jnp.zeros((0,), jnp.float32)
+    return jax.ffi.ffi_call("jax_fp8_fused_matmul", results)(
+        *(x, jnp.ones((1, 1), jnp.float32), w, w_scale),
+        *(none if other is None else other for other in others),
+        eps=np.float32(eps),
+        activation=activation,
+        implementation=implementation,
+        capability=np.int64(capability),
+    )[0]
+
+
 @functools.cache
 def cublaslt_version() -> str:
     """Version of the cublasLt that is loaded, as ``"13.1.0"``; loads it if need be.

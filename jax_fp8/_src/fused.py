@@ -20,7 +20,7 @@ from jax_fp8._src.scaled_array import (
 )
 
 
-def _wide(op: str, name: str, array: Any, like: jax.Array | None = None) -> jax.Array:
+def check_wide(op: str, name: str, array: Any, like: jax.Array | None = None) -> jax.Array:
     """Returns a wide array, of the shape and dtype of ``like``, or raises."""
     array = jnp.asarray(array)
     if array.dtype not in WIDE_DTYPES:
@@ -36,7 +36,7 @@ def _wide(op: str, name: str, array: Any, like: jax.Array | None = None) -> jax.
     return array
 
 
-def _eps(op: str, eps: Any) -> float:
+def check_eps(op: str, eps: Any) -> float:
     if not isinstance(eps, float | int | np.floating | np.integer):
         raise TypeError(f"{op}: eps must be a number of Python or numpy, got {type(eps).__name__}")
     if not 0 <= float(eps) <= float(np.finfo(np.float32).max):
@@ -59,7 +59,7 @@ def _call(
 ) -> Any:
     op = f"{producer}_quantize"
     what = "gate_up" if producer == "swiglu" else "x"
-    x = _wide(op, what, x)
+    x = check_wide(op, what, x)
     dtype = check_fp8_dtype(op, "dtype", dtype)
     granularity = check_granularity(op, granularity)
     if granularity == (BLOCK, BLOCK):
@@ -80,7 +80,7 @@ def _call(
     none = jnp.zeros((), jnp.float32)  # So that there is one signature to batch and partition.
     vectors = {"weight": weight, "bias": bias}
     for name, vector in vectors.items():
-        vectors[name] = none if vector is None else _wide(op, name, vector)
+        vectors[name] = none if vector is None else check_wide(op, name, vector)
         if vector is not None and vectors[name].shape != x.shape[-1:]:
             raise ValueError(
                 f"{op}: {name} must be of shape {x.shape[-1:]} for x of shape {x.shape}, got"
@@ -88,7 +88,7 @@ def _call(
             )
     config = FusedConfig(
         producer,
-        _eps(op, eps),
+        check_eps(op, eps),
         dtype,
         granularity,
         scale is not None,
@@ -98,7 +98,7 @@ def _call(
     shape = config.data_shape(x.shape)
     data, new_scale, *total = operation(config)(
         x,
-        none if residual is None else _wide(op, "residual", residual, like=x),
+        none if residual is None else check_wide(op, "residual", residual, like=x),
         vectors["weight"],
         vectors["bias"],
         none if scale is None else static_scale(op, scale, shape, granularity),

@@ -60,19 +60,25 @@ def _row_sum(x: jax.Array) -> jax.Array:
     return lax.optimization_barrier(blocks.sum(-1)).sum(-1, keepdims=True)
 
 
-def _factor(x: jax.Array, eps: float) -> jax.Array:
-    """``1 / sqrt(mean(x^2) + eps)``; NaN where the sum of squares is not finite."""
-    moment = _row_sum(x * x) / max(x.shape[-1], 1)
+def reciprocal_rms(x: jax.Array, eps: float, across: tuple[str, ...] = ()) -> jax.Array:
+    """``1 / sqrt(mean(x^2) + eps)``; NaN where the sum of squares is not finite.
+
+    The last axis may be divided by the axes ``across`` of a mesh.
+    """
+    total, count = _row_sum(x * x), max(x.shape[-1], 1)
+    if across:
+        total, count = lax.psum((total, count), across)
+    moment = total / count
     return jnp.where(jnp.isfinite(moment), lax.rsqrt(moment + jnp.float32(eps)), jnp.nan)
 
 
 def _rms_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
-    return x * weight * _factor(x, eps)
+    return x * weight * reciprocal_rms(x, eps)
 
 
 def _layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
     centered = x - _row_sum(x) / max(x.shape[-1], 1)
-    return centered * weight * _factor(centered, eps) + bias
+    return centered * weight * reciprocal_rms(centered, eps) + bias
 
 
 def _swiglu(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> jax.Array:

@@ -108,8 +108,8 @@ def _xla(config: CallConfig, *operands: jax.Array) -> Any:
     return reference(config, *operands)
 
 
-def _folded(config: CallConfig, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of operands of any rank, by what knows three axes."""
+def on_device(config: CallConfig, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The product on one device, of operands of any rank, by what knows three axes."""
     x_data, x_scale, w_data, w_scale, *rest = operands
     batch, count = w_data.shape[: config.batch_dims], config.contracted
     shape = (*x_data.shape[:-count], w_data.shape[-1 - count])
@@ -138,7 +138,7 @@ def _local(config: CallConfig, *operands: jax.Array, axes: Axes) -> Any:
     summed = summed_factors(config)
     across = axes_of(summed, axes)
     if not across:
-        y, amax = _folded(config, *operands)
+        y, amax = on_device(config, *operands)
     else:
         # Each device has a part of every sum. They travel in the dtype of the result, but in
         # float32 where something is still to be done to them.
@@ -147,7 +147,7 @@ def _local(config: CallConfig, *operands: jax.Array, axes: Axes) -> Any:
         sums = dataclasses.replace(config, out_dtype=dtype, has_bias=False, activation=None)
         *factors, bias, inverse_out_scale = operands
         placeholders = jnp.zeros((1,), jnp.float32), jnp.ones((1,), jnp.float32)
-        y, amax = _folded(sums, *factors, *placeholders)
+        y, amax = on_device(sums, *factors, *placeholders)
         y = lax.psum(y, across)
         if is_unfinished:
             y, amax = finish(config, y, bias, inverse_out_scale)

@@ -102,6 +102,20 @@ class Dense(nnx.Module):
             x = jax_fp8.quantize(x, **options)
         return jax_fp8.scaled_matmul(x, weight, bias=bias, preferred_element_type=dtype)
 
+    def fuses(self, x: jax.Array) -> bool:
+        """Whether ``fused`` is the way to multiply ``x`` on Hopper: in one with its neighbours."""
+        return (
+            self.granularity in ("tensor", "row")
+            and x.dtype == jnp.bfloat16
+            and self._is_few(x)
+            and self.amax is None
+        )
+
+    def fused(self, x: jax.Array, **around: Any) -> jax.Array:
+        """As a call, with the norm, activation and residual of ``jax_fp8.fused_matmul``."""
+        bias = None if self.bias is None else self.bias[...]
+        return jax_fp8.fused_matmul(x, self.values, bias=bias, **around)
+
     def _own_quantization(self, x: jax.Array) -> dict[str, Any] | None:
         """Options of ``quantize`` that fused producers do not have; None leaves ``x`` wide."""
         operand, bound = self.activation.operand, self.activation.bound
@@ -134,6 +148,10 @@ class Parallel(nnx.Module):
         }
         agree = len(same) == 1 and self.parts[0].input_scale is None
         return self.parts[0].quantization(x) if agree else None
+
+    def fuses(self, x: jax.Array) -> bool:
+        """No: there is no one product to be in one with."""
+        return False
 
     def __call__(self, x: Any, dtype: Any = None) -> jax.Array:
         """The results, one after the other along the last axis."""

@@ -63,7 +63,7 @@ class Block(nnx.Module):
 
     def __call__(
         self, x: jax.Array, delta: jax.Array | None, rotation: Any, keys: Any, values: Any, at: Any
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]:
         """One step down the residual stream.
 
         Args:
@@ -78,8 +78,16 @@ class Block(nnx.Module):
           (x, delta, keys, values).
         """
         c, dtype = self.config, x.dtype
-        h, x = norm(x, delta, self.attention_norm[...], c.eps, self.qkv)
-        qkv = self.qkv(h, dtype).reshape(*x.shape[:-1], c.heads + 2 * c.kv_heads, c.head_dim)
+        # With few rows each product is one kernel with the norm before it and what comes after it.
+        is_fused = all(d.fuses(x) for d in (self.qkv, self.o, self.gate_up, self.down))
+        norms = self.attention_norm[...], self.mlp_norm[...]
+        if is_fused:
+            x = x if delta is None else x + delta
+            qkv = self.qkv.fused(x, norm=norms[0], eps=c.eps)
+        else:
+            h, x = norm(x, delta, norms[0], c.eps, self.qkv)
+            qkv = self.qkv(h, dtype)
+        qkv = qkv.reshape(*x.shape[:-1], c.heads + 2 * c.kv_heads, c.head_dim)
         q, k, v = jnp.split(qkv, (c.heads, c.heads + c.kv_heads), axis=-2)
         if self.q_norm is not None:
             q = rms_norm(q, self.q_norm[...], c.eps)
@@ -87,8 +95,12 @@ class Block(nnx.Module):
         q, k = rotate(q, rotation), rotate(k, rotation)
         keys, values = at.write(keys, k), at.write(values, v)
         attended = at.attend(q, k, v, keys, values, self.window)
-        delta = self.o(attended.reshape(*x.shape[:-1], c.heads * c.head_dim))
-        h, x = norm(x, delta, self.mlp_norm[...], c.eps, self.gate_up)
+        attended = attended.reshape(*x.shape[:-1], c.heads * c.head_dim)
+        if is_fused:
+            x = self.o.fused(attended, residual=x)
+            h = self.gate_up.fused(x, norm=norms[1], eps=c.eps, activation="swiglu")
+            return self.down.fused(h, residual=x), None, keys, values
+        h, x = norm(x, self.o(attended), norms[1], c.eps, self.gate_up)
         gate_up = self.gate_up(h, dtype)
         options = self.down.quantization(gate_up)
         if options is None:
@@ -141,8 +153,8 @@ class Decoder(nnx.Module):
             x, delta, k, v = block(x, delta, rotation, k, v, at)
             keys.append(k)
             values.append(v)
-        assert delta is not None
-        h = rms_norm(x + delta, self.norm[...], self.config.eps)
+        x = x if delta is None else x + delta
+        h = rms_norm(x, self.norm[...], self.config.eps)
         return h, Cache(tuple(keys), tuple(values), at.after)
 
     def logits(self, hidden: jax.Array) -> jax.Array:

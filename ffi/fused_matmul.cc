@@ -1,0 +1,260 @@
+// The handlers of jax_fp8_fused_matmul: checks and dispatch.
+#include "ffi/fused_matmul.h"
+
+#include <cmath>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include "ffi/checks.h"
+#include "ffi/decode.h"
+#include "ffi/gemv.h"
+#include "ffi/handlers.h"
+#include "ffi/journal.h"
+#include "ffi/naive.h"
+#include "ffi/small_m.h"
+
+namespace jax_fp8 {
+namespace {
+
+constexpr char kName[] = "jax_fp8_fused_matmul";
+
+struct Arguments {
+  xffi::AnyBuffer x, x_scale, w, w_scale, bias, norm, residual;
+  xffi::AnyBuffer d, normalized, sums;  // The results; the last two are scratch.
+  float eps;
+  std::string_view activation, implementation;
+  int64_t capability;
+};
+
+bool absent(const xffi::AnyBuffer& buffer) { return dims(buffer) == std::vector<int64_t>{0}; }
+
+bool is(const xffi::AnyBuffer& buffer, xffi::DataType type, const std::vector<int64_t>& shape) {
+  return buffer.element_type() == type && dims(buffer) == shape;
+}
+
+xffi::Error make(const Arguments& a, Product* p) {
+  constexpr auto bf16 = xffi::DataType::BF16, f32 = xffi::DataType::F32;
+  const auto x = dims(a.x), w = dims(a.w);
+  if (x.size() != 2 || w.size() != 2 || x[1] != w[1] || x[1] == 0 || !is(a.x, bf16, x) ||
+      !is(a.w, xffi::DataType::F8E4M3FN, w)) {
+    return invalid(kName, ": x must be (M, K) of bfloat16 and w (N, K) of float8_e4m3fn, got ",
+                   describe(a.x), " and ", describe(a.w));
+  }
+  if (a.activation != "none" && a.activation != "swiglu") {
+    return invalid(kName, ": activation must be none or swiglu, got ", a.activation);
+  }
+  p->batch = 1;
+  p->m = x[0];
+  p->n = w[0];
+  p->k = x[1];
+  p->swiglu = a.activation == "swiglu";
+  if (p->swiglu && p->n % 2 != 0) {
+    return invalid(kName, ": swiglu takes an even N, got w ", describe(a.w));
+  }
+  const std::vector<int64_t> d = {p->m, p->d_columns()};
+  const bool row_scales = is(a.w_scale, f32, {p->n, 1});
+  if (!is(a.x_scale, f32, {1, 1}) || (!row_scales && !is(a.w_scale, f32, {1, 1}))) {
+    return invalid(kName, ": the scale of x, which is 1, must be float32[1,1], that of w the same",
+                   " or float32[", p->n, ",1]; got ", describe(a.x_scale), " and ",
+                   describe(a.w_scale));
+  }
+  if (!to_type(a.bias.element_type(), &p->bias_type) || is_fp8(p->bias_type) ||
+      (!absent(a.bias) && dims(a.bias) != std::vector<int64_t>{p->n})) {
+    return invalid(kName, ": the bias must be (N,) of float32, bfloat16 or float16 for w ",
+                   describe(a.w), ", got ", describe(a.bias));
+  }
+  if (!absent(a.norm) && !is(a.norm, bf16, {p->k})) {
+    return invalid(kName, ": the norm's weight must be bfloat16[", p->k, "], got ",
+                   describe(a.norm));
+  }
+  if (!is(a.d, bf16, d) || (!absent(a.residual) && !is(a.residual, bf16, d))) {
+    return invalid(kName, ": result and residual must be bfloat16", show(d), ", got ",
+                   describe(a.d), " and ", describe(a.residual));
+  }
+  if (!is(a.normalized, bf16, {p->m, p->k}) || !is(a.sums, f32, {p->m, p->n})) {
+    return invalid(kName, ": scratch must be bfloat16 for x and float32 for the product, got ",
+                   describe(a.normalized), " and ", describe(a.sums));
+  }
+  if (!std::isfinite(a.eps) || a.eps < 0.0f) {
+    return invalid(kName, ": eps must be finite and not negative, got ", a.eps);
+  }
+  const auto pointer = [](const xffi::AnyBuffer& buffer) {
+    return absent(buffer) ? nullptr : static_cast<const __nv_bfloat16*>(buffer.untyped_data());
+  };
+  p->x = {static_cast<const uint8_t*>(a.x.untyped_data()),
+          static_cast<const float*>(a.x_scale.untyped_data()),
+          Type::kBF16,
+          0,
+          0,
+          1,
+          0};
+  p->w = {static_cast<const uint8_t*>(a.w.untyped_data()),
+          static_cast<const float*>(a.w_scale.untyped_data()),
+          Type::kE4M3,
+          row_scales ? 1 : 0,
+          0,
+          1,
+          0};
+  p->bias = absent(a.bias) ? nullptr : a.bias.untyped_data();
+  p->d = a.d.untyped_data();
+  p->d_type = Type::kBF16;
+  p->norm_weight = pointer(a.norm);
+  p->eps = a.eps;
+  p->residual = pointer(a.residual);
+  return xffi::Error::Success();
+}
+
+// The bare product among the steps.
+Product product_of(const Product& fused, const Arguments& a) {
+  Product p = fused;
+  if (fused.norm_weight != nullptr) {
+    p.x.data = static_cast<const uint8_t*>(a.normalized.untyped_data());
+  }
+  p.d = a.sums.untyped_data();
+  p.d_type = Type::kF32;
+  p.norm_weight = p.residual = nullptr;
+  p.swiglu = false;
+  return p;
+}
+
+// Why gemv cannot compute all of it in one; empty if it can.
+std::string refusal(const Product& p, int capability) {
+  std::string reason = small_m_refusal(p, capability);
+  if (reason.empty() && p.m > kGemvM) reason = join("it takes M <= ", kGemvM);
+  if (reason.empty() && p.norm_weight != nullptr && !gemv_takes_norm(p)) {
+    reason = "x and the norm's weight are too large to stay in shared memory";
+  }
+  return reason;
+}
+
+void note_fused(const Product& p, const char* platform, const char* implementation) {
+  note({{"operation", "fused_matmul"},
+        {"implementation", implementation},
+        {"platform", platform},
+        {"shape", std::vector<int64_t>{1, p.m, p.n, p.k}},
+        {"dtypes",
+         std::vector<std::string>{type_name(p.x.type), type_name(p.w.type), type_name(p.d_type)}},
+        {"granularity", granularity_name(p.w.block_rows, p.w.block_cols)},
+        {"parts", join(p.norm_weight != nullptr ? "norm, " : "", "product",
+                       p.bias != nullptr ? ", bias" : "", p.swiglu ? ", swiglu" : "",
+                       p.residual != nullptr ? ", residual" : "")}});
+}
+
+xffi::Error run_on_cpu(const Arguments& a) {
+  return guarded(kName, [&]() -> xffi::Error {
+    Product p{};
+    if (auto error = make(a, &p); error.failure()) return error;
+    note_fused(p, "cpu", "naive");
+    const ScopedSubnormals subnormals;
+    if (p.norm_weight != nullptr) {
+      normalize_host(p, static_cast<__nv_bfloat16*>(a.normalized.untyped_data()));
+    }
+    naive_host(product_of(p, a));
+    finish_host(p, static_cast<const float*>(a.sums.untyped_data()));
+    return xffi::Error::Success();
+  });
+}
+
+cudaError_t run_steps(const Product& fused, const Arguments& a, int capability,
+                      cudaStream_t stream) {
+  cudaError_t error = cudaSuccess;
+  if (fused.norm_weight != nullptr) {
+    error =
+        normalize_device(fused, static_cast<__nv_bfloat16*>(a.normalized.untyped_data()), stream);
+  }
+  if (error != cudaSuccess) return error;
+  const Product p = product_of(fused, a);
+  if (small_m_refusal(p, capability).empty()) {
+    error = small_m_matmul(p, stream);
+  } else if (decode_refusal(p, capability).empty()) {
+    error = decode_matmul(p, stream);
+  } else {
+    error = naive_device(p, stream);
+  }
+  if (error != cudaSuccess) return error;
+  return finish_device(fused, static_cast<const float*>(a.sums.untyped_data()), stream);
+}
+
+xffi::Error run_on_cuda(cudaStream_t stream, int32_t ordinal, const Arguments& a) {
+  return guarded(kName, [&]() -> xffi::Error {
+    Product p{};
+    if (auto error = make(a, &p); error.failure()) return error;
+    if (p.m * p.n == 0) return xffi::Error::Success();
+    const ScopedDevice device(ordinal);
+    if (device.error() != cudaSuccess) return from_cuda(kName, device.error());
+    int capability = static_cast<int>(a.capability);  // One that the call pretends, or 0.
+    if (capability == 0) {
+      const cudaError_t error = device_capability(ordinal, &capability);
+      if (error != cudaSuccess) return from_cuda(kName, error);
+    }
+    const std::string reason = refusal(p, capability);
+    if (reason.empty()) {
+      note_fused(p, "cuda", "gemv");
+      return from_cuda(kName, small_m_matmul(p, stream));
+    }
+    if (a.implementation == "kernel") {
+      return xffi::Error(xffi::ErrorCode::kUnimplemented,
+                         join(kName, ": implementation 'kernel' cannot multiply x ", describe(a.x),
+                              " by w ", describe(a.w), ": ", reason));
+    }
+    note_fused(p, "cuda", "steps");
+    return from_cuda(kName, run_steps(p, a, capability, stream));
+  });
+}
+
+using Buffer = xffi::AnyBuffer;
+using Result = xffi::Result<xffi::AnyBuffer>;
+
+xffi::Error cpu(Buffer x, Buffer x_scale, Buffer w, Buffer w_scale, Buffer bias, Buffer norm,
+                Buffer residual, Result d, Result normalized, Result sums, float eps,
+                std::string_view activation, std::string_view implementation, int64_t capability) {
+  return run_on_cpu({x, x_scale, w, w_scale, bias, norm, residual, *d, *normalized, *sums, eps,
+                     activation, implementation, capability});
+}
+
+xffi::Error cuda(cudaStream_t stream, int32_t ordinal, Buffer x, Buffer x_scale, Buffer w,
+                 Buffer w_scale, Buffer bias, Buffer norm, Buffer residual, Result d,
+                 Result normalized, Result sums, float eps, std::string_view activation,
+                 std::string_view implementation, int64_t capability) {
+  return run_on_cuda(stream, ordinal,
+                     {x, x_scale, w, w_scale, bias, norm, residual, *d, *normalized, *sums, eps,
+                      activation, implementation, capability});
+}
+
+template <typename Binding>
+auto bind_buffers(Binding binding) {
+  return std::move(binding)
+      .template Arg<Buffer>()
+      .template Arg<Buffer>()
+      .template Arg<Buffer>()
+      .template Arg<Buffer>()
+      .template Arg<Buffer>()
+      .template Arg<Buffer>()
+      .template Arg<Buffer>()
+      .template Ret<Buffer>()
+      .template Ret<Buffer>()
+      .template Ret<Buffer>()
+      .template Attr<float>("eps")
+      .template Attr<std::string_view>("activation")
+      .template Attr<std::string_view>("implementation")
+      .template Attr<int64_t>("capability");
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER(fused_matmul_cpu, cpu, bind_buffers(xffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER(fused_matmul_cuda, cuda,
+                       bind_buffers(xffi::Ffi::Bind()
+                                        .Ctx<xffi::PlatformStream<cudaStream_t>>()
+                                        .Ctx<xffi::DeviceOrdinal>()),
+                       {xffi::Traits::kCmdBufferCompatible});
+
+Stages fused_matmul_cpu_stages() {
+  return {{"execute", reinterpret_cast<void*>(fused_matmul_cpu)}};
+}
+Stages fused_matmul_cuda_stages() {
+  return {{"execute", reinterpret_cast<void*>(fused_matmul_cuda)}};
+}
+
+}  // namespace jax_fp8

@@ -1,0 +1,26 @@
+// A product of few rows with what stands around it in a transformer, without a batch, W in E4M3
+// with tensor or row scales, and all else in bfloat16:
+//
+//   D = residual + swiglu(rms_norm(X) W^T + bias)
+//
+// gemv.h has it as one kernel, which multiplies X by the norm's weight in bfloat16, and the sums by
+// 1 / RMS. Here are the steps before and after a bare product, for where that does not run: what
+// they round to bfloat16 is the normalized X.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "ffi/product.h"
+
+namespace jax_fp8 {
+
+// (m, k) of the normalized X.
+void normalize_host(const Product& product, __nv_bfloat16* normalized);
+cudaError_t normalize_device(const Product& product, __nv_bfloat16* normalized,
+                             cudaStream_t stream);
+
+// D, of the float32 (m, n) of the product with its bias.
+void finish_host(const Product& product, const float* sums);
+cudaError_t finish_device(const Product& product, const float* sums, cudaStream_t stream);
+
+}  // namespace jax_fp8

@@ -1,0 +1,126 @@
+"""fused_matmul: a product by FP8 weights, and what stands around it in a transformer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from jax_fp8._src import scaled_matmul as products
+from jax_fp8._src.fused import check_eps, check_wide
+from jax_fp8._src.fused_matmul_operation import AroundConfig, kernel_refusal, operation
+from jax_fp8._src.quantize import IMPLEMENTATIONS
+from jax_fp8._src.scaled_array import ScaledArray, check_scaled_array
+
+ACTIVATIONS = (None, "swiglu")
+
+
+def fused_matmul(
+    x: Any,
+    w: ScaledArray,
+    *,
+    norm: Any = None,
+    eps: float = 1e-6,
+    bias: Any = None,
+    activation: str | None = None,
+    residual: Any = None,
+    implementation: str | None = None,
+) -> Any:
+    """``residual + activation(rms_norm(x) @ w.T + bias)``, with 16-bit activations.
+
+    As ``matmul`` with the recipe ``"weight_only"`` between an RMSNorm, a SwiGLU and an addition,
+    each where it is asked for. Up to eight rows, as a language model has that writes a few texts,
+    all of it is one kernel on Hopper and takes the time of the product alone: that of reading
+    ``w``. Elsewhere it is a norm, the product and the rest, one after the other.
+
+    The norm's values are those of ``rms_norm_quantize``, rounded to ``x``'s dtype. The one kernel
+    rounds ``x * norm`` in their place, and divides the sums by the RMS. After the product all is
+    float32 until the result.
+
+    Args:
+      x: ``(..., K)``; bfloat16 or float16.
+      w: a ScaledArray of ``(N, K)``, of any granularity.
+      norm: the weight of an RMSNorm of ``x``, ``(K,)`` float32, bfloat16 or float16; None: there
+        is no norm.
+      eps: of the norm: a number that is known when the program is traced; finite, not negative.
+      bias: ``(N,)`` float32, bfloat16 or float16, or None.
+      activation: None, or ``"swiglu"``: ``silu(gate) * up``, the first half of the columns being
+        the gates and the second half what goes with them.
+      residual: None, or an array of the result's shape and dtype.
+      implementation: ``"kernel"`` (the one kernel: bfloat16, E4M3 weights with ``"tensor"`` or
+        ``"row"`` scales, up to eight rows, K in steps of 16; with a norm, what fits into 96 KiB),
+        ``"xla"`` (plain JAX), or None for the best that the device and the shapes support.
+
+    Returns:
+      ``(..., N)``, or ``(..., N / 2)`` with ``"swiglu"``; of ``x``'s dtype.
+
+    Raises:
+      TypeError: for a ``w`` that is no ScaledArray, other dtypes than the above, or an ``eps`` that
+        is no plain number.
+      ValueError: for shapes that do not fit, an ``eps`` that is negative or not finite, an unknown
+        activation or implementation.
+      NotImplementedError: for what ``"kernel"`` cannot do on any device, and under
+        differentiation.
+      jax.errors.JaxRuntimeError: for what ``"kernel"`` cannot do on this device.
+
+    >>> import jax.numpy as jnp, jax_fp8
+    >>> x, w = jnp.array([[3, -3]], jnp.bfloat16), jax_fp8.quantize(jnp.array([[1.0, 0], [0, 4.0]]))
+    >>> jax_fp8.fused_matmul(x, w, norm=jnp.ones(2), eps=0.0, residual=x).tolist()
+    [[4.0, -7.0]]
+    """
+    op = "fused_matmul"
+    check_scaled_array(op, "w", w)
+    x = check_wide(op, "x", x)
+    if x.dtype == jnp.float32:
+        raise TypeError(f"{op}: x must be bfloat16 or float16, got {x.dtype}{x.shape}")
+    if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[1]:
+        raise ValueError(
+            f"{op}: multiplies x of (..., K) by w of (N, K), got {x.shape} and {w.shape}"
+        )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: unknown activation {activation!r}; accepted are {ACTIVATIONS}")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{op}: unknown implementation {implementation!r}; accepted are {IMPLEMENTATIONS}"
+        )
+    n = w.shape[0]
+    if activation == "swiglu" and n % 2:
+        raise ValueError(f"{op}: w holds gates and as many values for swiglu, got {w.shape}")
+    vectors = {"norm": (norm, x.shape[-1]), "bias": (bias, n)}
+    given: dict[str, Any] = {}
+    for name, (vector, size) in vectors.items():
+        given[name] = jnp.zeros((1,), jnp.float32)  # So that there is one signature to partition.
+        if vector is not None:
+            given[name] = check_wide(op, name, vector)
+            if given[name].shape != (size,):
+                raise ValueError(
+                    f"{op}: {name} must be of shape ({size},) for x {x.shape} and w {w.shape}, got"
+                    f" {given[name].shape}"
+                )
+    added = jnp.zeros((), jnp.float32)
+    if residual is not None:
+        added = check_wide(op, "residual", residual)
+        shape = (*x.shape[:-1], n // 2 if activation else n)
+        if added.shape != shape or added.dtype != x.dtype:
+            raise (TypeError if added.shape == shape else ValueError)(
+                f"{op}: residual must have shape and dtype of the result, {x.dtype}{shape}, got"
+                f" {added.dtype}{added.shape}"
+            )
+    config = AroundConfig(
+        granularity=w.granularity,
+        eps=check_eps(op, eps),
+        has_norm=norm is not None,
+        has_bias=bias is not None,
+        activation=activation,
+        has_residual=residual is not None,
+        implementation=implementation,
+        capability=products._forced_capability,
+    )
+    if implementation == "kernel":
+        reason = kernel_refusal(config, x, w, given["norm"])
+        if reason:
+            raise NotImplementedError(
+                f"{op}: implementation 'kernel' cannot multiply x {x.dtype.name}{x.shape} by w"
+                f" {w.dtype.name}{w.shape} with granularity {w.granularity!r}: {reason}"
+            )
+    return operation(config)(x, w.data, w.scale, given["bias"], given["norm"], added)[0]

@@ -1,0 +1,189 @@
+"""How a product with what stands around it runs: one kernel for few rows, or in steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_fp8._src import ffi
+from jax_fp8._src.batching import loop
+from jax_fp8._src.definition import CallConfig
+from jax_fp8._src.fused_definition import reciprocal_rms
+from jax_fp8._src.partition import Axes, Rule, axes_of, partition
+from jax_fp8._src.product_rule import product_rule, summed_factors
+from jax_fp8._src.scaled_array import Granularity
+from jax_fp8._src.scaled_matmul import on_device
+
+#: What the kernel takes, as ffi/gemv.cu says: rows, and bytes of shared memory for a norm's x.
+MOST_ROWS, _NORM_BYTES = 8, 96 << 10
+
+
+@dataclasses.dataclass(frozen=True)
+class AroundConfig:
+    """The static part of a call: everything but the arrays."""
+
+    granularity: Granularity
+    eps: float
+    has_norm: bool
+    has_bias: bool
+    activation: str | None
+    has_residual: bool
+    implementation: str | None
+    #: As of a CallConfig.
+    capability: int = 0
+
+    @property
+    def sums(self) -> CallConfig:
+        """Of the product among the steps."""
+        return CallConfig(
+            out_dtype=jnp.dtype(jnp.float32),
+            x_granularity="tensor",
+            w_granularity=self.granularity,
+            has_bias=False,
+            activation=None,
+            fast=False,
+            implementation=self.implementation,
+            capability=self.capability,
+        )
+
+
+def kernel_refusal(config: AroundConfig, x: Any, w: Any, norm: Any) -> str | None:
+    """Why the kernel cannot compute this on any device, or None."""
+    rows, k = math.prod(x.shape[:-1]), x.shape[-1]
+    if x.dtype != jnp.bfloat16 or w.dtype != jnp.float8_e4m3fn:
+        return f"it multiplies bfloat16 by float8_e4m3fn, not {x.dtype.name} by {w.dtype.name}"
+    if isinstance(config.granularity, tuple):
+        return f"it takes no block scales, and w has granularity {config.granularity}"
+    if rows > MOST_ROWS:
+        return f"it takes up to {MOST_ROWS} rows, not {rows}"
+    if k % 16 or k == 0:
+        return f"it reads K in steps of 16, and K is {k}"
+    if config.has_norm and norm.dtype != x.dtype:
+        return f"it multiplies by a bfloat16 norm, not {norm.dtype.name}"
+    if config.has_norm and (rows + 1) * k * 2 > _NORM_BYTES:
+        return f"{rows} rows of K = {k} are too large to stay in shared memory, as a norm takes"
+    return None
+
+
+def _kernel(config: AroundConfig, *operands: jax.Array) -> tuple[jax.Array]:
+    """The handler, which knows (rows, columns) only."""
+    x, w, w_scale, bias, norm, residual = operands
+    rows, n = math.prod(x.shape[:-1]), w.shape[0]
+    columns = n // 2 if config.activation else n
+    y = ffi.fused_matmul(
+        (
+            x.reshape(rows, x.shape[-1]),
+            w,
+            w_scale,
+            bias if config.has_bias else None,
+            norm if config.has_norm else None,
+            residual.reshape(rows, columns) if config.has_residual else None,
+        ),
+        eps=config.eps,
+        activation=config.activation or "none",
+        columns=columns,
+        implementation=config.implementation or "",
+        capability=config.capability,
+    )
+    return (y.reshape(*x.shape[:-1], columns),)
+
+
+def _steps(config: AroundConfig, *operands: jax.Array, across: tuple[str, ...]) -> tuple[jax.Array]:
+    """The meaning in plain JAX around a bare product, K divided by the axes ``across``."""
+    x, w, w_scale, bias, norm, residual = operands
+    h = x
+    if config.has_norm:
+        wide = x.astype(jnp.float32)
+        factor = reciprocal_rms(wide, config.eps, across)
+        h = (wide * norm.astype(jnp.float32) * factor).astype(x.dtype)
+    one, placeholder = jnp.ones((1,) * x.ndim, jnp.float32), jnp.ones((1,), jnp.float32)
+    y, _ = on_device(config.sums, h, one, w, w_scale, placeholder, placeholder)
+    if across:
+        y = lax.psum(y, across)
+    if config.has_bias:
+        y = y + bias.astype(jnp.float32)
+    if config.activation == "swiglu":
+        gate, up = jnp.split(y, 2, axis=-1)
+        y = jax.nn.silu(gate) * up
+    if config.has_residual:
+        y = y + residual.astype(jnp.float32)
+    return (y.astype(x.dtype),)
+
+
+def _local(config: AroundConfig, *operands: jax.Array, axes: Axes) -> tuple[jax.Array]:
+    """Runs on the operands of one device, whatever mesh they came from."""
+    x, w, _, _, norm, _ = operands
+    kernel = functools.partial(_kernel, config)
+    if config.implementation == "kernel":
+        return kernel(*operands)
+    across = axes_of(summed_factors(config.sums), axes)
+    steps = functools.partial(_steps, config, across=across)
+    # Where K is divided, a device has no sum that anything could be done to.
+    if across or config.implementation == "xla" or kernel_refusal(config, x, w, norm):
+        return steps(*operands)
+    return lax.platform_dependent(*operands, cpu=steps, cuda=kernel)
+
+
+def _rule(config: AroundConfig, *operands: jax.Array) -> Rule:
+    """As of the bare product, but that a SwiGLU takes gates and values on the same device."""
+    x, w, w_scale, bias, *_ = operands
+    one = jnp.ones((1,) * x.ndim, jnp.float32)
+    sums = dataclasses.replace(config.sums, has_bias=config.has_bias)
+    rule = product_rule(sums, x, one, w, w_scale, bias, jnp.ones((1,), jnp.float32))
+    of_x, _, of_w, of_scale, of_bias, _ = rule.operands
+    of_y = rule.results[0]
+    rule = dataclasses.replace(
+        rule,
+        operands=(
+            of_x,
+            of_w,
+            of_scale,
+            of_bias,
+            of_x[-1:] if config.has_norm else (),
+            of_y if config.has_residual else (),
+        ),
+        results=(of_y,),
+        multiplied=(0, 1),
+    )
+    if config.activation == "swiglu":
+        rule = rule.without("n")
+    return rule.without(summed_factors(sums)[0]) if config.implementation == "kernel" else rule
+
+
+@functools.cache
+def operation(config: AroundConfig) -> Any:
+    """custom_vjp -> custom_vmap -> partition -> platform, for one configuration."""
+    batched = jax.custom_batching.custom_vmap(
+        partition(functools.partial(_local, config), functools.partial(_rule, config))
+    )
+
+    @batched.def_vmap
+    def _vmap(axis_size: int, in_batched: list[bool], *operands: jax.Array) -> Any:
+        x, *shared, residual = operands
+        run = operation(config)
+        if any(in_batched[1:5]):  # Weights of its own for each entry.
+            return loop(run, in_batched, operands), (True,)
+
+        def front(array: jax.Array, is_batched: bool) -> jax.Array:
+            return array if is_batched else jnp.broadcast_to(array, (axis_size, *array.shape))
+
+        if config.has_residual:
+            residual = front(residual, in_batched[5])
+        return run(front(x, in_batched[0]), *shared, residual), (True,)
+
+    differentiable = jax.custom_vjp(batched)
+
+    def forward(*operands: jax.Array) -> Any:
+        raise NotImplementedError(
+            "fused_matmul: it cannot be differentiated in this version; put"
+            " jax.lax.stop_gradient around its operands, or use jax_fp8.matmul"
+        )
+
+    differentiable.defvjp(forward, lambda residuals, cotangents: cotangents)
+    return jax.jit(differentiable, inline=True)
