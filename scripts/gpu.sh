@@ -59,7 +59,7 @@ run_sanitize() {
     # 16-bit results: it reports the copies of those to the host.
     # cublasLt apart: over its kernels the compute-sanitizer of CUDA 13.0 crashes more often than not,
     # and more often where they run in captured graphs, so XLA makes none here.
-    for what in quantize cast_transpose fused small_m decode naive cublaslt; do
+    for what in quantize cast_transpose fused fused_matmul small_m decode naive cublaslt; do
       # Where there are no such barriers, their table would only take the memory.
       barriers=()
       case $tool-$what in

@@ -4,8 +4,8 @@ A program for compute-sanitizer, which makes kernels many times slower:
 
   compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitize.py [WHAT ...]
 
-WHAT is "quantize", "cast_transpose", "fused" or an implementation of the product; all of them if
-nothing is said.
+WHAT is "quantize", "cast_transpose", "fused", "fused_matmul" or an implementation of the product;
+all of them if nothing is said.
 It exits with 1 when a number is wrong. On a CPU it runs the loops of the host.
 """
 
@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import references as ref
+from around_cases import COMBINATIONS, EPS, expected, operands
 
 import jax_fp8
 from jax_fp8._src import ffi
+from jax_fp8._src import scaled_matmul as products
 
 # Vector loads and whole tiles with edges; single elements and nothing but edges.
 QUANTIZE_SHAPES = ((2, 130, 264), (2, 3, 131))
@@ -30,6 +32,7 @@ SMALL_M_SHAPES = (
     *((1, 136, 272), (7, 40, 1040), (16, 40, 1040), (20, 21, 16), (64, 50, 144)),
     *((3, 8500, 144), (17, 8500, 144)),  # Three tiles for some blocks.
 )
+AROUND_SHAPES = ((1, 136, 272), (3, 8500, 144), (7, 40, 1040))
 # Ragged, and then such as take tiles of other sizes in the Hopper kernel.
 WIDE_SHAPES = (
     *PRODUCT_SHAPES,
@@ -233,6 +236,20 @@ def check_fused(producer):
     return len(variants) * (1 + norm)
 
 
+def check_fused_matmul(in_steps):
+    """All that may stand around a product, in one kernel or, as on other GPUs, in steps."""
+    products._forced_capability = 80 if in_steps else 0
+    count = 0
+    for parts, (m, n, k) in itertools.product(COMBINATIONS, AROUND_SHAPES):
+        x, w, around = operands(rng, m, n, k, parts)
+        got = jax_fp8.fused_matmul(x, w, eps=EPS, **around)
+        first = not in_steps and jax.default_backend() == "gpu"
+        ref.assert_close(got, *expected(x, w, first=first, **around))
+        count += 1
+    products._forced_capability = 0
+    return count
+
+
 # --- scaled_matmul --------------------------------------------------------------------------------
 
 
@@ -372,7 +389,10 @@ def check_edges(implementation):
 def main(chosen):
     # Timing runs cublasLt in graphs, which compute-sanitizer seldom survives.
     jax_fp8.set_plan_choice("heuristic")
-    unknown = set(chosen) - {"quantize", "cast_transpose", "fused", *implementations()}
+    unknown = set(chosen) - {
+        *("quantize", "cast_transpose", "fused", "fused_matmul"),
+        *implementations(),
+    }
     if unknown:
         print(f"unknown: {', '.join(unknown)}", file=sys.stderr)
         return 2
@@ -385,6 +405,9 @@ def main(chosen):
     if not chosen or "fused" in chosen:
         producers = ("rms_norm", "layer_norm", "swiglu", "gelu")
         groups += [(f"{p}_quantize", check_fused, (p,)) for p in producers]
+    if not chosen or "fused_matmul" in chosen:
+        groups.append(("fused_matmul", check_fused_matmul, (False,)))
+        groups.append(("fused_matmul in steps", check_fused_matmul, (True,)))
     for implementation in implementations():
         if chosen and implementation not in chosen:
             continue

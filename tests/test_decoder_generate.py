@@ -10,10 +10,11 @@ pytest.importorskip("flax")
 pytest.importorskip("safetensors")
 pytest.importorskip("tokenizers")
 
-from test_decoder import logits
+from test_decoder import logits, stored, tokens_of
 
 from jax_fp8 import decoder
 from jax_fp8.__main__ import main
+from jax_fp8.decoder.dense import Parallel
 
 LOGITS = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]], jnp.float32))
 
@@ -223,3 +224,23 @@ def test_the_command_compares(folder, tmp_path, capsys):
     assert fp8.split()[0] == "FP8" and 50 < float(fp8.split()[-2]) <= 100
     perplexities = [float(line.split()[-3]) for line in (wide, fp8)]
     assert perplexities[0] == pytest.approx(perplexities[1], rel=0.1)
+
+
+@pytest.mark.parametrize("parallel", [False, True], ids=["all", "all but one"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_products_of_few_rows_have_their_neighbours_in_them(family, parallel):
+    """The same logits, but for roundings to bfloat16, whose places differ."""
+    given = cases.config(family)
+    weights = cases.tensors(given)
+    options = {"recipe": "weight_only", "dtype": jnp.bfloat16}
+    texts = tokens_of((2, 4))
+    want = logits(stored(given, weights, **options), texts).astype(np.float32)
+    model = stored(given, weights, **options, weight_only_rows=8)
+    if parallel:  # Its parts are products for themselves, in a block that fuses nothing then.
+        model.blocks[0].qkv = Parallel([model.blocks[0].qkv])
+    few, many = (jnp.zeros((rows, model.config.width), jnp.bfloat16) for rows in (8, 9))
+    assert [b.qkv.fuses(few) for b in model.blocks[:2]] == [not parallel, True]
+    assert not model.blocks[1].qkv.fuses(many)
+    found = logits(model, texts).astype(np.float32)
+    assert not np.array_equal(found, want)
+    assert np.linalg.norm(found - want) < 0.02 * np.linalg.norm(want)

@@ -1,5 +1,6 @@
 """jax.export: programs that hold the handlers' calls, also for a platform that is not here."""
 
+import functools
 import re
 
 import jax
@@ -44,6 +45,24 @@ def test_round_trip(rng, serialized):
     again = export.deserialize(program.serialize()) if serialized else program
     assert again.platforms == ("cpu",)
     ref.assert_same_bits(again.call(x, w), quantize_and_multiply(x, w))
+
+
+def test_fused_matmul(rng):
+    """The handler on the CPU; for GPUs a program holds it too, whatever they are."""
+    on_the_cpu()
+    x = jnp.asarray(sample(rng, "normal", (2, 64)).astype(ref.BF16))
+    w, norm = operand(rng, (6, 64), granularity="row"), jnp.ones(64, jnp.bfloat16)
+
+    def multiply(x, w, norm, implementation):
+        return jax_fp8.fused_matmul(x, w, norm=norm, implementation=implementation)
+
+    checks = [export.DisabledSafetyCheck.custom_call("jax_fp8_fused_matmul")]
+    named = functools.partial(multiply, implementation="kernel")
+    program = exported(named, x, w, norm, platform="cpu", checks=checks)
+    ref.assert_same_bits(program.call(x, w, norm), named(x, w, norm))
+    default = functools.partial(multiply, implementation=None)
+    text = exported(default, x, w, norm, platform="cuda", checks=checks).mlir_module()
+    assert "@jax_fp8_fused_matmul" in text and "@jax_fp8_scaled_matmul" not in text
 
 
 @pytest.mark.parametrize("granularity", ref.GRANULARITIES, ids=pair_id)

@@ -113,6 +113,19 @@ def test_fused_producers(size, producer, options):
 
 # --- Products -------------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize(
+    "size, shared", [(0, (1, 2)), (1, (1, 2)), (3, (1, 2)), (3, ()), (3, (0,))]
+)
+def test_fused_matmul(size, shared):
+    def multiply(x, w, norm, residual):
+        return jax_fp8.fused_matmul(x, w, norm=norm, activation="swiglu", residual=residual)
+
+    bf16 = jnp.bfloat16
+    operands = wide(2, 48, dtype=bf16), fp8(10, 48, granularity="row"), wide(48, dtype=bf16)
+    check("fused_matmul", size, multiply, *operands, wide(2, 5, dtype=bf16), shared=shared)
+
+
 weights = pytest.mark.parametrize("shared", [(), (1,), (0,)], ids=["both", "x alone", "w alone"])
 
 

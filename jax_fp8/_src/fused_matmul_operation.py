@@ -145,7 +145,7 @@ def _rule(config: AroundConfig, *operands: jax.Array) -> Rule:
             of_w,
             of_scale,
             of_bias,
-            of_x[-1:] if config.has_norm else (),
+            of_x[-1:] if config.has_norm else (None,),
             of_y if config.has_residual else (),
         ),
         results=(of_y,),

@@ -56,7 +56,8 @@ class Block(nnx.Module):
     ) -> None:
         self.config, self.window = config, config.windows[index]
         self.attention_norm, self.mlp_norm = (Frozen(weight) for weight in norms)
-        self.qkv, self.o, self.gate_up, self.down = qkv, o, gate_up, down
+        products: tuple[Any, ...] = qkv, o, gate_up, down
+        self.qkv, self.o, self.gate_up, self.down = products
         q_norm, k_norm = (None, None) if qk_norms is None else map(Frozen, qk_norms)
         self.q_norm: Any = nnx.data(q_norm)
         self.k_norm: Any = nnx.data(k_norm)
