@@ -125,6 +125,9 @@ std::string refusal(const Product& p, int capability) {
   if (reason.empty() && p.norm_weight != nullptr && !gemv_takes_norm(p)) {
     reason = "x and the norm's weight are too large to stay in shared memory";
   }
+  if (reason.empty() && reinterpret_cast<uintptr_t>(p.norm_weight) % 16 != 0) {
+    reason = "the norm's weight does not start at a multiple of 16 bytes";
+  }
   return reason;
 }
 
@@ -165,7 +168,7 @@ cudaError_t run_steps(const Product& fused, const Arguments& a, int capability,
   }
   if (error != cudaSuccess) return error;
   const Product p = product_of(fused, a);
-  if (small_m_refusal(p, capability).empty()) {
+  if (small_m_refusal(p, capability).empty() && small_m_wins(p, capability)) {
     error = small_m_matmul(p, stream);
   } else if (decode_refusal(p, capability).empty()) {
     error = decode_matmul(p, stream);
@@ -189,11 +192,12 @@ xffi::Error run_on_cuda(cudaStream_t stream, int32_t ordinal, const Arguments& a
       if (error != cudaSuccess) return from_cuda(kName, error);
     }
     const std::string reason = refusal(p, capability);
-    if (reason.empty()) {
+    const bool is_named = a.implementation == "kernel";
+    if (reason.empty() && (is_named || capability / 10 == 9)) {  // Where it was measured.
       note_fused(p, "cuda", "gemv");
       return from_cuda(kName, small_m_matmul(p, stream));
     }
-    if (a.implementation == "kernel") {
+    if (is_named) {
       return xffi::Error(xffi::ErrorCode::kUnimplemented,
                          join(kName, ": implementation 'kernel' cannot multiply x ", describe(a.x),
                               " by w ", describe(a.w), ": ", reason));

@@ -21,7 +21,7 @@ from jax_fp8._src.scaled_array import Granularity
 from jax_fp8._src.scaled_matmul import on_device
 
 #: What the kernel takes, as ffi/gemv.cu says: rows, and bytes of shared memory for a norm's x.
-MOST_ROWS, _NORM_BYTES = 8, 96 << 10
+_MOST_ROWS, _NORM_BYTES = 8, 96 << 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +60,8 @@ def kernel_refusal(config: AroundConfig, x: Any, w: Any, norm: Any) -> str | Non
         return f"it multiplies bfloat16 by float8_e4m3fn, not {x.dtype.name} by {w.dtype.name}"
     if isinstance(config.granularity, tuple):
         return f"it takes no block scales, and w has granularity {config.granularity}"
-    if rows > MOST_ROWS:
-        return f"it takes up to {MOST_ROWS} rows, not {rows}"
+    if rows > _MOST_ROWS:
+        return f"it takes up to {_MOST_ROWS} rows, not {rows}"
     if k % 16 or k == 0:
         return f"it reads K in steps of 16, and K is {k}"
     if config.has_norm and norm.dtype != x.dtype:
