@@ -13,6 +13,7 @@ _WHO = {
     "__cublas$gemm": "cuBLAS",
     "__cudnn$": "cuDNN",
     "jax_fp8_scaled_matmul": "jax_fp8",
+    "jax_fp8_fused_matmul": "jax_fp8",
 }
 
 

@@ -267,7 +267,7 @@ class Chains:
             {
                 " ".join(filter(None, (plan["implementation"], plan.get("algorithm"))))
                 for plan in jax_fp8.plans()
-                if plan["when"] == "run" and plan["operation"] == "scaled_matmul"
+                if plan["when"] == "run" and plan["operation"] in ("scaled_matmul", "fused_matmul")
             }
         )
         host_us = []

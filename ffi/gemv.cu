@@ -260,9 +260,9 @@ cudaError_t gemv(const Product& p, int processors, cudaStream_t stream) {
     const auto kernel = gemv_kernel<decltype(x_kind)::value, decltype(e4m3)::value,
                                     decltype(columns)::value, decltype(around)::value>;
     const int bytes = p.norm_weight == nullptr ? 0 : static_cast<int>((p.m + 1) * p.k * 2);
-    if (bytes > 0) {
-      const cudaError_t error =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (bytes > 0) {  // The same for all calls, which several threads may make at once.
+      const cudaError_t error = cudaFuncSetAttribute(
+          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kNormBytes));
       if (error != cudaSuccess) return error;
     }
     const int64_t tiles = ceil_div(p.d_columns(), p.swiglu ? kTileRows / 2 : kTileRows);

@@ -12,9 +12,10 @@ pytest.importorskip("tokenizers")
 
 from test_decoder import logits, stored, tokens_of
 
+import jax_fp8
 from jax_fp8 import decoder
 from jax_fp8.__main__ import main
-from jax_fp8.decoder.dense import Parallel
+from jax_fp8.decoder.dense import Dense, Parallel
 
 LOGITS = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]], jnp.float32))
 
@@ -239,8 +240,13 @@ def test_products_of_few_rows_have_their_neighbours_in_them(family, parallel):
     if parallel:  # Its parts are products for themselves, in a block that fuses nothing then.
         model.blocks[0].qkv = Parallel([model.blocks[0].qkv])
     few, many = (jnp.zeros((rows, model.config.width), jnp.bfloat16) for rows in (8, 9))
-    assert [b.qkv.fuses(few) for b in model.blocks[:2]] == [not parallel, True]
+    assert [b.qkv.fuses(few, norm=True) for b in model.blocks[:2]] == [not parallel, True]
     assert not model.blocks[1].qkv.fuses(many)
+    # What the one kernel does not take, but for the rows.
+    wide = Dense(jax_fp8.quantize(jnp.ones((32, 8192)), granularity="row"), weight_only_rows=64)
+    assert wide.fuses(few) and wide.fuses(few[:5], norm=True) and not wide.fuses(few[:6], norm=True)
+    e5m2 = Dense(jax_fp8.quantize(jnp.ones((32, 64)), dtype=jnp.float8_e5m2), weight_only_rows=64)
+    assert not e5m2.fuses(few) and not wide.fuses(many) and not wide.fuses(few.astype("float32"))
     found = logits(model, texts).astype(np.float32)
     assert not np.array_equal(found, want)
     assert np.linalg.norm(found - want) < 0.02 * np.linalg.norm(want)

@@ -154,7 +154,9 @@ def test_it_is_deterministic_under_jit_and_alone(implementation, rng):
     x, w, around = operands(rng, 8, 300, 1040, ALL)
 
     def run(x, w, around):
-        return jax_fp8.fused_matmul(x, w, **around, activation="swiglu", eps=EPS)
+        return jax_fp8.fused_matmul(
+            x, w, **around, activation="swiglu", eps=EPS, implementation=implementation
+        )
 
     around.pop("activation")
     first = run(x, w, around)
@@ -202,6 +204,19 @@ def test_vmap_is_a_loop(implementation, rng, batched):
         np.testing.assert_allclose(got, loop, rtol=2.0**-7, atol=2.0**-7)
     else:
         ref.assert_same_bits(got, loop)
+
+
+def test_vmap_of_more_rows_than_the_kernel_takes(implementation, rng):
+    x, w, around = operands(rng, 2, 40, 64, ("norm", "bias"))
+    many = jnp.stack([x + i for i in range(5)])
+
+    def run(x):
+        return jax_fp8.fused_matmul(x, w, **around, eps=EPS, implementation=implementation)
+
+    got = jax.vmap(run)(many)
+    for x, one in zip(many, got, strict=True):
+        first = multiplies_first(implementation) and implementation == "kernel"
+        ref.assert_close(one, *expected(x, w, **around, first=first))
 
 
 def test_it_cannot_be_differentiated(implementation, rng):
@@ -356,7 +371,7 @@ def test_other_gpus_take_steps(rng, forced_capability, capability):
 @pytest.mark.parametrize("of", ["w", "norm"])
 @pytest.mark.parametrize("offset", [1, 8, 16])
 def test_parts_of_larger_buffers(rng, offset, of):
-    """What does not start at a multiple of 16 bytes goes in steps."""
+    """What does not start at a multiple of 16 bytes goes in steps, unless XLA copies it."""
     x, w, around = operands(rng, 2, 40, 272, ALL)
     part = w.data if of == "w" else around["norm"]
     flat = jnp.concatenate([jnp.zeros(offset, part.dtype), part.reshape(-1)])
@@ -368,12 +383,10 @@ def test_parts_of_larger_buffers(rng, offset, of):
         multiplied = scaled(found, w.scale, "row") if of == "w" else w
         return jax_fp8.fused_matmul(x, multiplied, **{**around, **changed}, eps=EPS)
 
+    jax_fp8.clear_plans()
     got = np.asarray(run(flat))
-    errors = []
-    for first in (True, False):
-        y, error = expected(x, w, first=first, **around)
-        try:
-            ref.assert_close(got, y, error)
-        except AssertionError as failure:
-            errors.append(failure)
-    assert len(errors) < 2, errors
+    found = {p["implementation"] for p in jax_fp8.plans() if p["operation"] == "fused_matmul"}
+    assert found in ({"gemv"}, {"steps"})
+    assert found == {"gemv"} or offset * part.dtype.itemsize % 16
+    y, error = expected(x, w, first=found == {"gemv"}, **around)
+    ref.assert_close(got, y, error)

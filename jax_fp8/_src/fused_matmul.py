@@ -30,8 +30,9 @@ def fused_matmul(
 
     As ``matmul`` with the recipe ``"weight_only"`` between an RMSNorm, a SwiGLU and an addition,
     each where it is asked for. Up to eight rows, as a language model has that writes a few texts,
-    all of it is one kernel on Hopper and takes the time of the product alone: that of reading
-    ``w``. Elsewhere it is a norm, the product and the rest, one after the other.
+    all of it is one kernel on Hopper, whose time is that of reading ``w``, for what
+    ``implementation`` says below. Elsewhere it is a norm, the product and the rest, one after the
+    other.
 
     The norm's values are those of ``rms_norm_quantize``, rounded to ``x``'s dtype. The one kernel
     rounds ``x * norm`` in their place, and divides the sums by the RMS. After the product all is
@@ -41,7 +42,7 @@ def fused_matmul(
       x: ``(..., K)``; bfloat16 or float16.
       w: a ScaledArray of ``(N, K)``, of any granularity.
       norm: the weight of an RMSNorm of ``x``, ``(K,)`` float32, bfloat16 or float16; None: there
-        is no norm.
+        is no norm. The one kernel takes bfloat16.
       eps: of the norm: a number that is known when the program is traced; finite, not negative.
       bias: ``(N,)`` float32, bfloat16 or float16, or None.
       activation: None, or ``"swiglu"``: ``silu(gate) * up``, the first half of the columns being
@@ -65,7 +66,8 @@ def fused_matmul(
 
     >>> import jax.numpy as jnp, jax_fp8
     >>> x, w = jnp.array([[3, -3]], jnp.bfloat16), jax_fp8.quantize(jnp.array([[1.0, 0], [0, 4.0]]))
-    >>> jax_fp8.fused_matmul(x, w, norm=jnp.ones(2), eps=0.0, residual=x).tolist()
+    >>> norm = jnp.ones(2, jnp.bfloat16)
+    >>> jax_fp8.fused_matmul(x, w, norm=norm, eps=0.0, residual=x).tolist()
     [[4.0, -7.0]]
     """
     op = "fused_matmul"

@@ -94,8 +94,16 @@ def _kernel(config: AroundConfig, *operands: jax.Array) -> tuple[jax.Array]:
     return (y.reshape(*x.shape[:-1], columns),)
 
 
-def _steps(config: AroundConfig, *operands: jax.Array, across: tuple[str, ...]) -> tuple[jax.Array]:
-    """The meaning in plain JAX around a bare product, K divided by the axes ``across``."""
+def _steps(
+    config: AroundConfig,
+    *operands: jax.Array,
+    across: tuple[str, ...] = (),
+    gathered: tuple[str, ...] = (),
+) -> tuple[jax.Array]:
+    """The meaning in plain JAX around a bare product.
+
+    Axes ``across`` of a mesh divide K, and ``gathered`` N where that must be whole for a SwiGLU.
+    """
     x, w, w_scale, bias, norm, residual = operands
     h = x
     if config.has_norm:
@@ -108,6 +116,8 @@ def _steps(config: AroundConfig, *operands: jax.Array, across: tuple[str, ...]) 
         y = lax.psum(y, across)
     if config.has_bias:
         y = y + bias.astype(jnp.float32)
+    if gathered:
+        y = lax.all_gather(y, gathered, axis=y.ndim - 1, tiled=True)
     if config.activation == "swiglu":
         gate, up = jnp.split(y, 2, axis=-1)
         y = jax.nn.silu(gate) * up
@@ -123,15 +133,20 @@ def _local(config: AroundConfig, *operands: jax.Array, axes: Axes) -> tuple[jax.
     if config.implementation == "kernel":
         return kernel(*operands)
     across = axes_of(summed_factors(config.sums), axes)
-    steps = functools.partial(_steps, config, across=across)
+    gathered = axes_of(("n",), axes) if config.activation else ()
+    steps = functools.partial(_steps, config, across=across, gathered=gathered)
     # Where K is divided, a device has no sum that anything could be done to.
-    if across or config.implementation == "xla" or kernel_refusal(config, x, w, norm):
+    kernel_cannot = across or gathered or kernel_refusal(config, x, w, norm)
+    if kernel_cannot or config.implementation == "xla":
         return steps(*operands)
     return lax.platform_dependent(*operands, cpu=steps, cuda=kernel)
 
 
 def _rule(config: AroundConfig, *operands: jax.Array) -> Rule:
-    """As of the bare product, but that a SwiGLU takes gates and values on the same device."""
+    """As of the bare product, but that a SwiGLU takes gates and values on the same device.
+
+    Of weights and float32 sums the smaller ones are brought together there.
+    """
     x, w, w_scale, bias, *_ = operands
     one = jnp.ones((1,) * x.ndim, jnp.float32)
     sums = dataclasses.replace(config.sums, has_bias=config.has_bias)
@@ -152,7 +167,11 @@ def _rule(config: AroundConfig, *operands: jax.Array) -> Rule:
         multiplied=(0, 1),
     )
     if config.activation == "swiglu":
-        rule = rule.without("n")
+        whole = tuple(tuple(None if d == "n" else d for d in of) for of in rule.results)
+        of_residual = whole[0] if config.has_residual else ()
+        rule = dataclasses.replace(rule, operands=(*rule.operands[:5], of_residual), results=whole)
+        if config.implementation == "kernel" or 4 * math.prod(x.shape[:-1]) > x.shape[-1]:
+            rule = rule.without("n")
     return rule.without(summed_factors(sums)[0]) if config.implementation == "kernel" else rule
 
 
@@ -167,7 +186,10 @@ def operation(config: AroundConfig) -> Any:
     def _vmap(axis_size: int, in_batched: list[bool], *operands: jax.Array) -> Any:
         x, *shared, residual = operands
         run = operation(config)
-        if any(in_batched[1:5]):  # Weights of its own for each entry.
+        rows = jax.ShapeDtypeStruct((axis_size, *x.shape[in_batched[0] :]), x.dtype)
+        named = config.implementation == "kernel"
+        if any(in_batched[1:5]) or (named and kernel_refusal(config, rows, shared[0], shared[3])):
+            # Weights of its own for each entry, or more rows than the kernel takes.
             return loop(run, in_batched, operands), (True,)
 
         def front(array: jax.Array, is_batched: bool) -> jax.Array:

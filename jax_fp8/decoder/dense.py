@@ -17,6 +17,8 @@ from jax_fp8.checkpoint import Activation, concatenate
 #: all that counts there, and it saves the time and the error of quantizing activations. Measured on
 #: Hopper, whose kernel for few rows takes no scales of blocks.
 WEIGHT_ONLY_ROWS, WEIGHT_ONLY_ROWS_OF_BLOCKS = 8, 1
+#: What one kernel of ``jax_fp8.fused_matmul`` takes: rows, and bytes of them where there is a norm.
+FUSED_ROWS, FUSED_NORM_BYTES = 8, 96 << 10
 
 
 class Frozen(nnx.Variable):
@@ -102,12 +104,22 @@ class Dense(nnx.Module):
             x = jax_fp8.quantize(x, **options)
         return jax_fp8.scaled_matmul(x, weight, bias=bias, preferred_element_type=dtype)
 
-    def fuses(self, x: jax.Array) -> bool:
-        """Whether ``fused`` is the way to multiply ``x`` on Hopper: in one with its neighbours."""
+    def fuses(self, x: jax.Array, *, norm: bool = False) -> bool:
+        """Whether a product of as many rows as ``x`` is one kernel with what is around it.
+
+        Args:
+          x: of its rows and dtype the input is.
+          norm: whether a norm is what comes before.
+        """
+        rows, k = math.prod(x.shape[:-1]), self.weight.shape[-1]
         return (
             self.granularity in ("tensor", "row")
+            and self.weight.dtype == jnp.float8_e4m3fn
             and x.dtype == jnp.bfloat16
             and self._is_few(x)
+            and rows <= FUSED_ROWS
+            and k % 16 == 0
+            and (not norm or 2 * (rows + 1) * k <= FUSED_NORM_BYTES)
             and self.amax is None
         )
 
@@ -149,7 +161,7 @@ class Parallel(nnx.Module):
         agree = len(same) == 1 and self.parts[0].input_scale is None
         return self.parts[0].quantization(x) if agree else None
 
-    def fuses(self, x: jax.Array) -> bool:
+    def fuses(self, x: jax.Array, *, norm: bool = False) -> bool:
         """No: there is no one product to be in one with."""
         return False
 

@@ -80,7 +80,8 @@ class Block(nnx.Module):
         """
         c, dtype = self.config, x.dtype
         # With few rows each product is one kernel with the norm before it and what comes after it.
-        is_fused = all(d.fuses(x) for d in (self.qkv, self.o, self.gate_up, self.down))
+        is_fused = all(product.fuses(x, norm=True) for product in (self.qkv, self.gate_up))
+        is_fused = is_fused and self.o.fuses(x) and self.down.fuses(x)
         norms = self.attention_norm[...], self.mlp_norm[...]
         if is_fused:
             x = x if delta is None else x + delta
