@@ -70,6 +70,11 @@ inline std::vector<int64_t> dims(const xffi::AnyBuffer& buffer) {
   return {buffer.dimensions().begin(), buffer.dimensions().end()};
 }
 
+// Whether it stands for an operand or a result that is not there.
+inline bool absent(const xffi::AnyBuffer& buffer) {
+  return dims(buffer) == std::vector<int64_t>{0};
+}
+
 // As "[2,16,32]".
 inline std::string show(const std::vector<int64_t>& shape) {
   std::string text;

@@ -25,9 +25,6 @@ struct Arguments {
   int64_t block_rows, block_cols;
 };
 
-// What an operand that is not there is handed over as.
-bool absent(const xffi::AnyBuffer& buffer) { return dims(buffer) == std::vector<int64_t>{0}; }
-
 bool is_wide(const xffi::AnyBuffer& buffer, Type* type) {
   return to_type(buffer.element_type(), type) && !is_fp8(*type);
 }

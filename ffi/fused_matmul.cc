@@ -27,8 +27,6 @@ struct Arguments {
   int64_t capability;
 };
 
-bool absent(const xffi::AnyBuffer& buffer) { return dims(buffer) == std::vector<int64_t>{0}; }
-
 bool is(const xffi::AnyBuffer& buffer, xffi::DataType type, const std::vector<int64_t>& shape) {
   return buffer.element_type() == type && dims(buffer) == shape;
 }
@@ -168,13 +166,8 @@ cudaError_t run_steps(const Product& fused, const Arguments& a, int capability,
   }
   if (error != cudaSuccess) return error;
   const Product p = product_of(fused, a);
-  if (small_m_refusal(p, capability).empty() && small_m_wins(p, capability)) {
-    error = small_m_matmul(p, stream);
-  } else if (decode_refusal(p, capability).empty()) {
-    error = decode_matmul(p, stream);
-  } else {
-    error = naive_device(p, stream);
-  }
+  const bool decodes = decode_refusal(p, capability).empty();
+  error = decodes ? decode_matmul(p, stream) : naive_device(p, stream);
   if (error != cudaSuccess) return error;
   return finish_device(fused, static_cast<const float*>(a.sums.untyped_data()), stream);
 }

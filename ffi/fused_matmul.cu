@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include "ffi/fused.h"
 #include "ffi/fused_matmul.h"
 

@@ -43,7 +43,7 @@ def expected(x, w, norm=None, bias=None, activation=None, residual=None, eps=EPS
         error = error + 2.0**-24 * np.abs(y)
     if activation:
         (gate, up), (of_gate, of_up) = np.split(y, 2, -1), np.split(error, 2, -1)
-        y, error = ref._gated(gate, gate, up, 4)
+        y, error = ref.gated(gate, gate, up, 4)
         silu = np.abs(gate / (1 + np.exp(-gate)))
         error = error + 1.1 * of_gate * (np.abs(up) + of_up) + silu * of_up
     if residual is not None:

@@ -186,7 +186,7 @@ def _norm(x, weight, bias, eps, roundings):
     return y, error + ROUNDING * (np.abs(y) + (0.0 if bias is None else np.abs(bias)))
 
 
-def _gated(x, exponent, up, roundings):
+def gated(x, exponent, up, roundings):
     """``x / (1 + exp(-exponent)) * up``; the exponent itself is off by some roundings."""
     gate = 1 / (1 + np.exp(-exponent))
     relative = (12 + roundings * np.abs(exponent)) * ROUNDING
@@ -214,9 +214,9 @@ def fused(producer, x, weight=None, bias=None, eps=0.0, implementation=None):
             return _norm(x, weight, bias, eps, roundings)
         if producer == "swiglu":
             gate, up = np.split(x, 2, axis=-1)
-            return _gated(gate, gate, up, 4)
+            return gated(gate, gate, up, 4)
         two_z = 2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
-        return _gated(x, two_z, 1.0, 6)
+        return gated(x, two_z, 1.0, 6)
 
 
 def on_gpu():

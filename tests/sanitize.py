@@ -238,16 +238,17 @@ def check_fused(producer):
 
 def check_fused_matmul(in_steps):
     """All that may stand around a product, in one kernel or, as on other GPUs, in steps."""
+    cases = list(itertools.product(COMBINATIONS, AROUND_SHAPES))
     products._forced_capability = 80 if in_steps else 0
-    count = 0
-    for parts, (m, n, k) in itertools.product(COMBINATIONS, AROUND_SHAPES):
-        x, w, around = operands(rng, m, n, k, parts)
-        got = jax_fp8.fused_matmul(x, w, eps=EPS, **around)
-        first = not in_steps and jax.default_backend() == "gpu"
-        ref.assert_close(got, *expected(x, w, first=first, **around))
-        count += 1
-    products._forced_capability = 0
-    return count
+    try:
+        for parts, (m, n, k) in cases:
+            x, w, around = operands(rng, m, n, k, parts)
+            got = jax_fp8.fused_matmul(x, w, eps=EPS, **around)
+            first = not in_steps and jax.default_backend() == "gpu"
+            ref.assert_close(got, *expected(x, w, first=first, **around))
+    finally:
+        products._forced_capability = 0
+    return len(cases)
 
 
 # --- scaled_matmul --------------------------------------------------------------------------------

@@ -152,7 +152,9 @@ def _rule(config: AroundConfig, *operands: jax.Array) -> Rule:
     sums = dataclasses.replace(config.sums, has_bias=config.has_bias)
     rule = product_rule(sums, x, one, w, w_scale, bias, jnp.ones((1,), jnp.float32))
     of_x, _, of_w, of_scale, of_bias, _ = rule.operands
-    of_y = rule.results[0]
+    of_y, named = rule.results[0], config.implementation == "kernel"
+    if config.activation == "swiglu":
+        of_y = (*of_y[:-1], None)
     rule = dataclasses.replace(
         rule,
         operands=(
@@ -166,13 +168,9 @@ def _rule(config: AroundConfig, *operands: jax.Array) -> Rule:
         results=(of_y,),
         multiplied=(0, 1),
     )
-    if config.activation == "swiglu":
-        whole = tuple(tuple(None if d == "n" else d for d in of) for of in rule.results)
-        of_residual = whole[0] if config.has_residual else ()
-        rule = dataclasses.replace(rule, operands=(*rule.operands[:5], of_residual), results=whole)
-        if config.implementation == "kernel" or 4 * math.prod(x.shape[:-1]) > x.shape[-1]:
-            rule = rule.without("n")
-    return rule.without(summed_factors(sums)[0]) if config.implementation == "kernel" else rule
+    if config.activation == "swiglu" and (named or 4 * math.prod(x.shape[:-1]) > x.shape[-1]):
+        rule = rule.without("n")
+    return rule.without(summed_factors(sums)[0]) if named else rule
 
 
 @functools.cache

@@ -56,7 +56,7 @@ class Block(nnx.Module):
     ) -> None:
         self.config, self.window = config, config.windows[index]
         self.attention_norm, self.mlp_norm = (Frozen(weight) for weight in norms)
-        products: tuple[Any, ...] = qkv, o, gate_up, down
+        products: tuple[Any, ...] = qkv, o, gate_up, down  # Any: a Parallel has no `fused`.
         self.qkv, self.o, self.gate_up, self.down = products
         q_norm, k_norm = (None, None) if qk_norms is None else map(Frozen, qk_norms)
         self.q_norm: Any = nnx.data(q_norm)
