@@ -1,4 +1,5 @@
 #include "ffi/cast_transpose_kernels.h"
+#include "ffi/zero.h"
 
 namespace jax_fp8 {
 namespace {
@@ -42,7 +43,7 @@ cudaError_t cast_transpose_device(const CastTranspose& q, cudaStream_t stream) {
   if (q.block_rows == 0 && q.given == nullptr) {
     error = tensor_amaxes(q, &parts, stream);
   } else if (q.block_rows == 0 && q.amax != nullptr) {
-    error = cudaMemsetAsync(q.amax, 0, q.entries * sizeof(float), stream);
+    error = zero_words(q.amax, q.entries, stream);
   } else if (has_row_scales(q) && q.known == nullptr) {
     error = row_and_column_amaxes(q, q.straight_scale != nullptr, q.transposed_scale != nullptr,
                                   stream);

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "ffi/cast_transpose_kernels.h"
+#include "ffi/zero.h"
 
 namespace jax_fp8 {
 namespace {
@@ -154,8 +155,7 @@ cudaError_t tensor_amaxes(const CastTranspose& q, int* parts, cudaStream_t strea
 
 cudaError_t row_and_column_amaxes(const CastTranspose& q, bool rows, bool columns,
                                   cudaStream_t stream) {
-  const cudaError_t error =
-      cudaMemsetAsync(q.scratch, 0, scratch_words(q) * sizeof(uint32_t), stream);
+  const cudaError_t error = zero_words(q.scratch, scratch_words(q), stream);
   if (error != cudaSuccess || q.rows * q.cols == 0) return error;
   return with_type(q.x_type, [&](auto type) {
     constexpr Type in = decltype(type)::value;

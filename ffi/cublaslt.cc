@@ -5,8 +5,10 @@
 
 #include "ffi/cublaslt_library.h"
 #include "ffi/cublaslt_plan.h"
+#include "ffi/cublaslt_timing.h"
 #include "ffi/epilogue.h"
 #include "ffi/naive.h"
+#include "ffi/zero.h"
 
 namespace jax_fp8::lt {
 namespace {
@@ -224,7 +226,7 @@ Result prepare_route(const Api& api, const Call& call, const Route& route) {
       [&](int64_t, int64_t count_b, int64_t, int64_t rows, const Pointers& at) -> Result {
         std::string reason;
         const auto plan = find_plan(api, make_problem(call, route, at, count_b, rows), at,
-                                    call.stream, call.initializing, &reason);
+                                    call.compiling, &reason);
         if (plan == nullptr) return failed(reason);
         if (!refusal(*plan).empty()) return {Outcome::kUnsupported, refusal(*plan)};
         return {Outcome::kDone, ""};
@@ -272,7 +274,7 @@ Result run_route(const Api& api, const Call& call, const Route& route, Ran* ran)
   cudaError_t error = stage(p.x, route.x_scale, p.m);
   if (error == cudaSuccess) error = stage(p.w, route.w_scale, p.n);
   if (error == cudaSuccess && p.amax != nullptr) {
-    error = cudaMemsetAsync(p.amax, 0, sizeof(float), call.stream);
+    error = zero_words(p.amax, 1, call.stream);
   }
   if (error != cudaSuccess) return from_cuda(error);
   Result result = for_each_gemm(
@@ -280,7 +282,7 @@ Result run_route(const Api& api, const Call& call, const Route& route, Ran* ran)
       [&](int64_t b, int64_t count_b, int64_t row, int64_t rows, const Pointers& at) -> Result {
         std::string reason;
         const auto plan = find_plan(api, make_problem(call, route, at, count_b, rows), at,
-                                    call.stream, call.initializing, &reason);
+                                    call.compiling, &reason);
         if (plan == nullptr) return failed(reason);
         if (const cudaError_t staged = stage_blocks(call, route, b, row, rows, at);
             staged != cudaSuccess) {
@@ -319,8 +321,7 @@ Result prepare(const Call& call) {
   std::string error;
   const Api* api = library(&error);
   if (api == nullptr) return failed(error);
-  Call aligned = align_workspace(call);
-  aligned.initializing = true;
+  const Call aligned = align_workspace(call);
   Route route;
   return choose_route(*api, aligned, &route);
 }
@@ -330,6 +331,7 @@ Result run(const Call& call, Ran* ran) {
   const Api* api = library(&error);
   if (api == nullptr) return failed(error);
   ran->version = version_string(api->GetVersion());
+  const RelaxedCapture relaxed;  // A plan or a kernel may be met here for the first time.
   const Call aligned = align_workspace(call);
   Route route;
   const Result chosen = choose_route(*api, aligned, &route);

@@ -31,10 +31,10 @@ struct Call {
   void* workspace;
   int64_t workspace_size;
   cudaStream_t stream;
-  bool initializing = false;  // Plans are made with all care, or in a hurry.
+  bool compiling = false;  // There are no arrays yet, and time to choose.
 };
 
-// Makes the plans of a call, which may not happen while a graph is being captured.
+// Makes the plans of a call.
 Result prepare(const Call& call);
 
 // Runs it: the GEMMs, and the kernels around them. Allocates nothing and does not synchronize.

@@ -15,8 +15,7 @@
 namespace jax_fp8::lt {
 
 struct Plan {
-  Plan(const Api& api, Handle handle, int64_t given_workspace)
-      : api(api), handle(handle), given_workspace(given_workspace) {}
+  Plan(const Api& api, Handle handle) : api(api), handle(handle) {}
   ~Plan() {
     if (desc != nullptr) api.MatmulDescDestroy(desc);
     for (const Layout layout : {w, x, d, c}) {
@@ -30,12 +29,12 @@ struct Plan {
   MatmulDesc desc = nullptr;
   Layout w = nullptr, x = nullptr, d = nullptr, c = nullptr;
   Algo algo{};
-  int64_t workspace = 0;    // That the algorithm asks for.
-  int64_t given_workspace;  // That it may have.
+  int64_t workspace = 0;  // That the algorithm asks for.
   std::string algorithm;
   std::string choice;
   int64_t candidates = 0;
   int64_t generation = 0;  // Of the choices that it was made from.
+  bool hurried = false;    // When something ran: without timing.
   std::string refusal;     // Why there is no algorithm; empty when there is one.
 };
 
@@ -157,14 +156,13 @@ void take(const Candidate& candidate, const std::string& choice, Plan* plan) {
   plan->choice = choice;
 }
 
-std::string run_algorithm(const Api& api, const Plan& plan, const Algo& algo, const Pointers& at,
-                          void* workspace, cudaStream_t stream) {
+std::string run_algorithm(const Api& api, const Plan& plan, const Algo& algo, int64_t bytes,
+                          const Pointers& at, void* workspace, cudaStream_t stream) {
   const float one = 1.0f, zero = 0.0f;
   Status status = set_pointers(api, plan.desc, at);
   if (status == kSuccess) {
     status = api.Matmul(plan.handle, plan.desc, &one, at.w, plan.w, at.x, plan.x, &zero, nullptr,
-                        plan.c, at.d, plan.d, &algo, workspace,
-                        static_cast<size_t>(plan.given_workspace), stream);
+                        plan.c, at.d, plan.d, &algo, workspace, static_cast<size_t>(bytes), stream);
   }
   return status == kSuccess ? "" : std::string("cublasLtMatmul: ") + api.GetStatusString(status);
 }
@@ -186,11 +184,12 @@ void choose(const Api& api, const Problem& key, const std::string& gpu, bool may
   std::string why_first = "heuristic";
   if (candidates.size() > 1 && choosing_is_timed()) {
     if (may_time) {
-      const Timed timed = time_candidates(
-          key, static_cast<int>(candidates.size()),
-          [&](int i, const Pointers& at, void* workspace, cudaStream_t stream) {
-            return run_algorithm(api, *plan, candidates[i].algo, at, workspace, stream);
-          });
+      const Timed timed =
+          time_candidates(key, static_cast<int>(candidates.size()),
+                          [&](int i, const Pointers& at, void* workspace, cudaStream_t stream) {
+                            return run_algorithm(api, *plan, candidates[i].algo,
+                                                 candidates[i].workspace, at, workspace, stream);
+                          });
       if (timed.winner >= 0) {
         choice.algorithm = candidates[timed.winner].name;
         choice.ns = std::lround(1e3 * timed.us);
@@ -200,7 +199,7 @@ void choose(const Api& api, const Problem& key, const std::string& gpu, bool may
       }
       why_first += ": " + timed.why_not;
     } else {
-      why_first += ": first met in the execute stage";
+      why_first += ": first met when it ran";
     }
   }
   take(candidates[0], why_first, plan);
@@ -218,13 +217,13 @@ struct Cache {
   std::map<int, Device> devices;
   std::map<Problem, std::shared_ptr<Plan>> plans;
 
-  // The plan, unless an initialization should make it anew.
-  std::shared_ptr<Plan> find(const Problem& key, bool initializing) {
+  // The plan, unless it is older than what is now chosen, or should be made anew with more care.
+  std::shared_ptr<Plan> find(const Problem& key, bool compiling) {
     const std::lock_guard lock(mutex);
     const auto found = plans.find(key);
     if (found == plans.end()) return nullptr;
     const bool is_old = found->second->generation != choices_generation();
-    return initializing && is_old ? nullptr : found->second;
+    return is_old || (compiling && found->second->hurried) ? nullptr : found->second;
   }
 };
 
@@ -261,27 +260,21 @@ int alignment_of(const void* pointer) {
 }
 
 std::shared_ptr<Plan> find_plan(const Api& api, const Problem& key, const Pointers& at,
-                                cudaStream_t stream, bool initializing, std::string* reason) {
-  if (auto plan = cache().find(key, initializing)) return plan;
-  cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
-  if (cudaStreamIsCapturing(stream, &capturing) != cudaSuccess ||
-      capturing != cudaStreamCaptureStatusNone) {
-    if (auto plan = cache().find(key, false)) return plan;
-    *reason = "its plan was not made before a graph was captured";
-    return nullptr;
-  }
+                                bool compiling, std::string* reason) {
+  if (auto plan = cache().find(key, compiling)) return plan;
   Device* const device = find_device(api, key.device, reason);
   if (device == nullptr) return nullptr;
   std::unique_lock<std::mutex> timing;
-  if (initializing) {
+  if (compiling) {
     timing = std::unique_lock(device->timing);
-    if (auto plan = cache().find(key, initializing)) return plan;
+    if (auto plan = cache().find(key, compiling)) return plan;
   }
   const int64_t generation = choices_generation();
-  auto plan = std::make_shared<Plan>(api, device->handle, key.workspace);
+  auto plan = std::make_shared<Plan>(api, device->handle);
   const std::vector<Candidate> candidates = describe_and_ask(api, key, at, plan.get());
-  if (!candidates.empty()) choose(api, key, device->name, initializing, candidates, plan.get());
-  plan->generation = initializing ? generation : -1;
+  if (!candidates.empty()) choose(api, key, device->name, compiling, candidates, plan.get());
+  plan->generation = generation;
+  plan->hurried = !compiling;
   const std::lock_guard lock(cache().mutex);
   return cache().plans[key] = plan;
 }
@@ -295,7 +288,8 @@ int64_t candidates(const Plan& plan) { return plan.candidates; }
 std::string multiply(const Api& api, Plan* plan, const Pointers& at, void* workspace,
                      cudaStream_t stream) {
   const std::lock_guard lock(plan->mutex);
-  const std::string error = run_algorithm(api, *plan, plan->algo, at, workspace, stream);
+  const std::string error =
+      run_algorithm(api, *plan, plan->algo, plan->workspace, at, workspace, stream);
   return error.empty() ? "" : error + " (" + plan->algorithm + ")";
 }
 

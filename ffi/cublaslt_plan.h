@@ -57,12 +57,12 @@ struct Plan;
 // Largest power of two up to 256 that divides an address.
 int alignment_of(const void* pointer);
 
-// The plan of `problem`, made now if need be; null with the reason where that may not happen.
+// The plan of `problem`, made now if need be; null with the reason where that fails.
 //
-// Candidates are timed where `initializing` alone. That waits for the device, whose work may wait
-// for other devices, whose threads may wait for the one that is in its execute stage.
+// Candidates are timed when `compiling` alone. That waits for the device, whose work may wait for
+// other devices, whose threads may wait for the one that is in its execute stage.
 std::shared_ptr<Plan> find_plan(const Api& api, const Problem& problem, const Pointers& at,
-                                cudaStream_t stream, bool initializing, std::string* reason);
+                                bool compiling, std::string* reason);
 
 // Why cublasLt has no algorithm for it; empty when it has one.
 const std::string& refusal(const Plan& plan);

@@ -244,16 +244,6 @@ class Scratch {
   std::map<int, cudaGraphExec_t> chains_;
 };
 
-// The thread may allocate and wait while another one captures a graph.
-class RelaxedCapture {
- public:
-  RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-
- private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-};
-
 Timed failed(const std::string& why_not) {
   Timed result;
   result.why_not = why_not;

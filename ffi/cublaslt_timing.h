@@ -25,6 +25,18 @@ struct Timed {
 // not for a thread that other devices wait for.
 Timed time_candidates(const Problem& problem, int count, const Start& start);
 
+// The thread may allocate, load kernels and wait while it or another one captures a graph.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 // No more memory than this is taken; for tests.
 void limit_timing_memory(int64_t bytes);
 

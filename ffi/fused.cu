@@ -1,4 +1,5 @@
 #include "ffi/fused_kernels.h"
+#include "ffi/zero.h"
 
 namespace jax_fp8 {
 namespace fused {
@@ -26,15 +27,12 @@ cudaError_t fused_device(const Fused& all, cudaStream_t stream) {
   // A tensor of one row, unless more than one thread block had better share it.
   if (f.block_rows != 0 || (f.rows == 1 && f.cols <= 16384))
     return fused::run(f, Pass::kRow, stream);
-  cudaError_t error = cudaMemsetAsync(f.amax, 0, f.batch * sizeof(float), stream);
-  if (error == cudaSuccess) error = fused::run(f, Pass::kAmax, stream);
+  cudaError_t error = cudaSuccess;
+  if (fused::launch_rows(f, Pass::kTwice, stream, &error)) return error;
+  error = zero_words(f.amax, f.batch, stream);
+  if (error == cudaSuccess) error = fused::launch_general(f, Pass::kAmax, stream);
   if (error != cudaSuccess) return error;
-  if (f.residual != nullptr) {  // The first pass has added it.
-    f.x = f.sum;
-    f.residual = nullptr;
-    f.sum = nullptr;
-  }
-  return fused::run(f, Pass::kTensor, stream);
+  return fused::launch_general(fused::after_sum(f), Pass::kTensor, stream);
 }
 
 }  // namespace jax_fp8

@@ -20,6 +20,8 @@ enum class Pass : int {
   kStrips,  // The same for each (1, 128) block.
   kAmax,    // Takes the row into the amax of its tensor.
   kTensor,  // Casts, with the scale from that amax.
+  kTwice,   // These two, in one launch whose blocks wait for each other between them.
+  kHeld,    // The same of rows that are all in registers at once, and so are read once.
 };
 
 // --- Producers: how values come about of what is read ---
@@ -296,6 +298,16 @@ __device__ inline float pack_amax(const float (&values)[kWidth]) {
   return combine_pack(Larger(), [&](int e) { return values[e]; });
 }
 
+// What is left to do after a pass that has added the residual.
+__host__ __device__ inline Fused after_sum(Fused f) {
+  if (f.residual != nullptr) {
+    f.x = f.sum;
+    f.residual = nullptr;
+    f.sum = nullptr;
+  }
+  return f;
+}
+
 // --- Launches ---
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -339,6 +351,7 @@ cudaError_t with_kind(const Fused& f, Run run) {
 }
 
 // For rows of whole packs that one thread block holds: whether it was one, and if so, launched.
+// Never for kAmax or kTensor, which kTwice has in it.
 bool launch_rows(const Fused& f, Pass pass, cudaStream_t stream, cudaError_t* error);
 cudaError_t launch_general(const Fused& f, Pass pass, cudaStream_t stream);
 

@@ -39,8 +39,7 @@ std::vector<Choice> choices();
 void add_choices(const std::vector<Choice>& added);
 void clear_choices();
 
-// Rises with every change but a timing: plans of before are made again at their next
-// initialization.
+// Rises with every change but a timing: plans of before are made again when they are next met.
 int64_t choices_generation();
 
 }  // namespace jax_fp8::lt

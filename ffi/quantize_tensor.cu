@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "ffi/quantize_kernels.h"
+#include "ffi/zero.h"
 
 namespace jax_fp8 {
 namespace {
@@ -54,7 +55,7 @@ cudaError_t cast(const Quantize& q, cudaStream_t stream) {
   const int64_t size = q.rows * q.cols;
   const int64_t blocks = std::max<int64_t>(ceil_div(size, kCastThreads * packs * V::width), 1);
   if (q.amax != nullptr) {
-    const cudaError_t error = cudaMemsetAsync(q.amax, 0, q.batch * sizeof(float), stream);
+    const cudaError_t error = zero_words(q.amax, q.batch, stream);
     if (error != cudaSuccess) return error;
   }
   cast_kernel<V, packs><<<static_cast<unsigned>(blocks * q.batch), kCastThreads, 0, stream>>>(

@@ -1,7 +1,10 @@
 // The handlers of jax_fp8_scaled_matmul: checks and dispatch.
 #include <optional>
+#include <sstream>
+#include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "ffi/checks.h"
 #include "ffi/cublaslt.h"
@@ -11,6 +14,7 @@
 #include "ffi/journal.h"
 #include "ffi/naive.h"
 #include "ffi/small_m.h"
+#include "ffi/zero.h"
 
 namespace jax_fp8 {
 namespace {
@@ -26,6 +30,7 @@ struct Arguments {
   bool fast;
   std::string_view implementation;
   int64_t capability;
+  std::string_view arrays;  // Dtype, rank and dimensions of each of the nine.
 };
 
 // `wide`: it may also be 16 bits wide, with one scale that is 1.
@@ -166,8 +171,9 @@ xffi::Error run_on_cpu(const Arguments& a) {
   });
 }
 
-// Both stages see the same arguments: the first makes cublasLt's plans, the second runs.
-enum class Stage { kInitialize, kExecute };
+// Compiling makes cublasLt's plans: XLA asks for that once. (What it calls the initialize stage it
+// asks for at each run, captured or not, which costs the host 2 us a call.)
+enum class Stage { kCompile, kExecute };
 
 xffi::Error run_on_cuda(Stage stage, cudaStream_t stream, int32_t ordinal, const Arguments& a) {
   return guarded(kName, [&]() -> xffi::Error {
@@ -180,7 +186,8 @@ xffi::Error run_on_cuda(Stage stage, cudaStream_t stream, int32_t ordinal, const
                   ordinal,
                   a.workspace.untyped_data(),
                   static_cast<int64_t>(a.workspace.element_count()),
-                  stream};
+                  stream,
+                  stage == Stage::kCompile};
     call.capability = static_cast<int>(a.capability);  // One that the call pretends, or 0.
     if (call.capability == 0) {
       const cudaError_t error = device_capability(ordinal, &call.capability);
@@ -191,12 +198,12 @@ xffi::Error run_on_cuda(Stage stage, cudaStream_t stream, int32_t ordinal, const
     if (p.batch * p.m * p.n == 0) {
       // Nothing to write but the amax of nothing.
       if (!execute || p.amax == nullptr) return xffi::Error::Success();
-      return from_cuda(kName, cudaMemsetAsync(p.amax, 0, sizeof(float), stream));
+      return from_cuda(kName, zero_words(p.amax, 1, stream));
     }
     // Without sums there is no product to give to cublasLt; the naive kernel writes the bias.
     const bool empty = p.k == 0;
     const auto clear_amax = [&] {
-      return p.amax == nullptr ? cudaSuccess : cudaMemsetAsync(p.amax, 0, sizeof(float), stream);
+      return p.amax == nullptr ? cudaSuccess : zero_words(p.amax, 1, stream);
     };
     if (!empty && (a.implementation == "small_m" || any)) {
       const std::string reason = small_m_refusal(p, call.capability);
@@ -242,8 +249,56 @@ xffi::Error run_on_cuda(Stage stage, cudaStream_t stream, int32_t ordinal, const
   });
 }
 
+xffi::DataType to_data_type(std::string_view name) {
+  if (name == "float8_e4m3fn") return xffi::DataType::F8E4M3FN;
+  if (name == "float8_e5m2") return xffi::DataType::F8E5M2;
+  if (name == "bfloat16") return xffi::DataType::BF16;
+  if (name == "float16") return xffi::DataType::F16;
+  if (name == "float32") return xffi::DataType::F32;
+  return name == "uint8" ? xffi::DataType::U8 : xffi::DataType::INVALID;
+}
+
+// Arrays of which there is nothing but what `arrays` says: they lie nowhere.
+struct Described {
+  explicit Described(std::string_view arrays) {
+    std::istringstream words{std::string(arrays)};
+    std::string dtype;
+    for (size_t rank = 0; words >> dtype >> rank;) {
+      std::vector<int64_t>& shape = shapes.emplace_back(rank);
+      for (int64_t& size : shape) words >> size;
+      buffers.push_back({});
+      buffers.back().struct_size = XLA_FFI_Buffer_STRUCT_SIZE;
+      buffers.back().dtype = static_cast<XLA_FFI_DataType>(to_data_type(dtype));
+      buffers.back().data = reinterpret_cast<void*>(kAddress);
+      buffers.back().rank = static_cast<int64_t>(rank);
+    }
+    for (size_t i = 0; i < buffers.size(); ++i) buffers[i].dims = shapes[i].data();
+  }
+  xffi::AnyBuffer at(int i) const { return xffi::AnyBuffer(&buffers.at(i)); }
+
+  static constexpr uintptr_t kAddress = 256;  // As aligned as XLA's own.
+  std::vector<std::vector<int64_t>> shapes;
+  std::vector<XLA_FFI_Buffer> buffers;
+};
+
+// XLA compiles where there need not be a GPU, and for which of several does not matter: equal ones
+// share the choices of plans.
+xffi::Error compile(int64_t x_block_rows, int64_t x_block_cols, int64_t w_block_rows,
+                    int64_t w_block_cols, std::string_view activation, bool fast,
+                    std::string_view implementation, int64_t capability, std::string_view arrays) {
+  return guarded(kName, [&]() -> xffi::Error {
+    int ordinal = 0;
+    if (cudaGetDevice(&ordinal) != cudaSuccess) return xffi::Error::Success();
+    const Described all(arrays);
+    return run_on_cuda(Stage::kCompile, nullptr, ordinal,
+                       {all.at(0), all.at(1), all.at(2), all.at(3), all.at(4), all.at(5), all.at(6),
+                        all.at(7), all.at(8), x_block_rows, x_block_cols, w_block_rows,
+                        w_block_cols, activation, fast, implementation, capability, arrays});
+  });
+}
+
 template <typename Binding>
-auto bind_arguments(Binding binding) {
+auto bind_buffers(Binding binding) {
   return std::move(binding)
       .template Arg<xffi::AnyBuffer>()
       .template Arg<xffi::AnyBuffer>()
@@ -253,7 +308,12 @@ auto bind_arguments(Binding binding) {
       .template Arg<xffi::AnyBuffer>()
       .template Ret<xffi::AnyBuffer>()
       .template Ret<xffi::AnyBuffer>()
-      .template Ret<xffi::AnyBuffer>()
+      .template Ret<xffi::AnyBuffer>();
+}
+
+template <typename Binding>
+auto bind_attributes(Binding binding) {
+  return std::move(binding)
       .template Attr<int64_t>("x_block_rows")
       .template Attr<int64_t>("x_block_cols")
       .template Attr<int64_t>("w_block_rows")
@@ -261,14 +321,8 @@ auto bind_arguments(Binding binding) {
       .template Attr<std::string_view>("activation")
       .template Attr<bool>("fast_accumulation")
       .template Attr<std::string_view>("implementation")
-      .template Attr<int64_t>("capability");
-}
-
-template <xffi::ExecutionStage stage>
-auto bind_cuda() {
-  return bind_arguments(xffi::Ffi::Bind<stage>()
-                            .template Ctx<xffi::PlatformStream<cudaStream_t>>()
-                            .template Ctx<xffi::DeviceOrdinal>());
+      .template Attr<int64_t>("capability")
+      .template Attr<std::string_view>("arrays");
 }
 
 // The handlers take their arguments one by one, in the order of Arguments.
@@ -281,23 +335,23 @@ xffi::AnyBuffer plain(xffi::Result<xffi::AnyBuffer> result) { return *result; }
 constexpr auto on_cpu = [](auto... arguments) {
   return run_on_cpu(Arguments{plain(arguments)...});
 };
-template <Stage stage>
 constexpr auto on_cuda = [](cudaStream_t stream, int32_t ordinal, auto... arguments) {
-  return run_on_cuda(stage, stream, ordinal, Arguments{plain(arguments)...});
+  return run_on_cuda(Stage::kExecute, stream, ordinal, Arguments{plain(arguments)...});
 };
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER(matmul_cpu, on_cpu, bind_arguments(xffi::Ffi::Bind()));
-XLA_FFI_DEFINE_HANDLER(matmul_initialize, on_cuda<Stage::kInitialize>,
-                       bind_cuda<xffi::ExecutionStage::kInitialize>());
-XLA_FFI_DEFINE_HANDLER(matmul_execute, on_cuda<Stage::kExecute>,
-                       bind_cuda<xffi::ExecutionStage::kExecute>(),
-                       {xffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(matmul_cpu, on_cpu, bind_attributes(bind_buffers(xffi::Ffi::Bind())));
+XLA_FFI_DEFINE_HANDLER(matmul_compile, compile, bind_attributes(xffi::Ffi::BindInstantiate()));
+XLA_FFI_DEFINE_HANDLER(
+    matmul_execute, on_cuda,
+    bind_attributes(bind_buffers(
+        xffi::Ffi::Bind().Ctx<xffi::PlatformStream<cudaStream_t>>().Ctx<xffi::DeviceOrdinal>())),
+    {xffi::Traits::kCmdBufferCompatible});
 
 Stages scaled_matmul_cpu_stages() { return {{"execute", reinterpret_cast<void*>(matmul_cpu)}}; }
 Stages scaled_matmul_cuda_stages() {
-  return {{"initialize", reinterpret_cast<void*>(matmul_initialize)},
+  return {{"instantiate", reinterpret_cast<void*>(matmul_compile)},
           {"execute", reinterpret_cast<void*>(matmul_execute)}};
 }
 

@@ -28,6 +28,8 @@ struct Fake {
   size_t version = 130100;
   std::vector<lt::Algo> offered, offered_for_scalars;
   std::vector<uint64_t> refused;  // Tiles that no check passes.
+  std::vector<uint64_t> counted;  // Tiles that are taken from a counter, where there may be one.
+  uint64_t workspace = 0;         // That the preference allows.
   int32_t a_mode = 0, b_mode = 0;
   int status = 0;
 } fake;
@@ -46,14 +48,24 @@ lt::Api make_api() {
   };
   api.MatmulPreferenceCreate = [](lt::Preference*) { return 0; };
   api.MatmulPreferenceDestroy = [](lt::Preference) { return 0; };
-  api.MatmulPreferenceSetAttribute = [](lt::Preference, int, const void*, size_t) { return 0; };
+  api.MatmulPreferenceSetAttribute = [](lt::Preference, int attribute, const void* value,
+                                        size_t size) {
+    if (attribute == lt::kPrefMaxWorkspace) std::memcpy(&fake.workspace, value, size);
+    return 0;
+  };
   api.MatmulAlgoGetHeuristic = [](lt::Handle, lt::MatmulDesc, lt::Layout, lt::Layout, lt::Layout,
                                   lt::Layout, lt::Preference, int asked, lt::HeuristicResult* found,
                                   int* count) {
     *count = 0;
     const bool rows = fake.a_mode == lt::kScaleOuterVec && fake.b_mode == lt::kScaleOuterVec;
     for (const lt::Algo& each : rows ? fake.offered : fake.offered_for_scalars) {
-      if (*count < asked) found[(*count)++] = {each, 100, 0, 1.0f, {}};
+      size_t needed = each.data[1] > 1 ? 100 : 0;
+      for (const uint64_t tile : fake.counted) {
+        if (tile == each.data[0] && fake.workspace >= 4) needed = 4;
+      }
+      if (*count < asked && needed <= fake.workspace) {
+        found[(*count)++] = {each, needed, 0, 1.0f, {}};
+      }
     }
     return fake.status;
   };
@@ -84,7 +96,7 @@ lt::Api make_api() {
   return api;
 }
 
-// The tiles and splits that come out, as "10 20/2".
+// The tiles and splits that come out, as "10 20/2", with a counter as "10+".
 std::string tiles(const lt::Api& api, int64_t m, int64_t k, bool vectors, std::string* why) {
   fake.a_mode = fake.b_mode = vectors ? lt::kScaleOuterVec : lt::kScaleScalar;
   const lt::Description product{nullptr, nullptr, nullptr, nullptr, nullptr,
@@ -95,7 +107,10 @@ std::string tiles(const lt::Api& api, int64_t m, int64_t k, bool vectors, std::s
     text += std::to_string(each.algo.data[0]);
     if (each.algo.data[1] > 1) text += '/' + std::to_string(each.algo.data[1]);
     EXPECT(each.name.find("tile " + std::to_string(each.algo.data[0]) + ",") != std::string::npos);
-    EXPECT(each.workspace == (each.algo.data[1] > 1 ? 100 : each.workspace));
+    if (each.workspace == 4) text += '+';
+    EXPECT(each.workspace == (each.algo.data[1] > 1 ? 100 : text.back() == '+' ? 4 : 0));
+    const std::string end = ", workspace " + std::to_string(each.workspace);
+    EXPECT(each.name.rfind(end) == each.name.size() - end.size());
   }
   EXPECT(fake.a_mode == (vectors ? lt::kScaleOuterVec : lt::kScaleScalar));
   EXPECT(fake.b_mode == fake.a_mode);
@@ -107,20 +122,26 @@ void test_candidates() {
   std::string why;
   fake = {};
   fake.offered_for_scalars = {algo(10, 3), algo(20, 2), algo(30), algo(30), algo(40, 5)};
-  // First what is safe, then what splits without its split; doubles come once.
-  EXPECT(tiles(api, 16, 64, false, &why) == "20/2 30 10 20 40");
-  EXPECT(tiles(api, 16, 480, false, &why) == "10/3 20/2 30 40/5 10 20 40");
+  // First what takes no workspace, then what is safe, then what splits without its split; doubles
+  // come once.
+  EXPECT(tiles(api, 16, 64, false, &why) == "30 20/2 10 20 40");
+  EXPECT(tiles(api, 16, 480, false, &why) == "30 10/3 20/2 40/5 10 20 40");
   fake.refused = {40};
-  EXPECT(tiles(api, 16, 64, false, &why) == "20/2 30 10 20");
+  EXPECT(tiles(api, 16, 64, false, &why) == "30 20/2 10 20");
   fake.version = 130500;  // Repaired.
-  EXPECT(tiles(api, 16, 64, false, &why) == "10/3 20/2 30 40/5 10 20");
+  EXPECT(tiles(api, 16, 64, false, &why) == "30 10/3 20/2 40/5 10 20");
+  // The same tiles with a counter are something else.
+  fake = {};
+  fake.counted = {10, 30};
+  fake.offered_for_scalars = {algo(10), algo(20), algo(30)};
+  EXPECT(tiles(api, 16, 64, false, &why) == "10 20 30 10+ 30+");
   // Row scales: cublasLt's offer, and what it takes of those for tensor scales, unsplit.
   fake = {};
   fake.offered = {algo(50)};
   fake.offered_for_scalars = {algo(10), algo(20, 2), algo(30), algo(50), algo(60)};
   fake.refused = {30};
-  EXPECT(tiles(api, 16, 64, true, &why) == "10 20 50 60");
-  EXPECT(tiles(api, 4096, 64, true, &why) == "50 10 20 60");
+  EXPECT(tiles(api, 16, 64, true, &why) == "10 50 60 20");
+  EXPECT(tiles(api, 4096, 64, true, &why) == "50 10 60 20");
   EXPECT(why.empty());
   // What it does not offer at all for row scales stays refused.
   fake.offered = {};

@@ -106,7 +106,7 @@ ALL = [
     ("jax_fp8_line_amaxes", "cpu", ["execute"]),
     ("jax_fp8_quantize", "CUDA", ["execute"]),
     ("jax_fp8_quantize", "cpu", ["execute"]),
-    ("jax_fp8_scaled_matmul", "CUDA", ["execute", "initialize"]),
+    ("jax_fp8_scaled_matmul", "CUDA", ["execute", "instantiate"]),
     ("jax_fp8_scaled_matmul", "cpu", ["execute"]),
 ]
 
@@ -267,8 +267,10 @@ def product_call(**changed):
         jax.ShapeDtypeStruct((0,), jnp.uint8),
     ]
     names = ("x", "x_scale", "w", "w_scale", "bias", "inverse_out_scale")
+    operands = [jnp.asarray(given[name]) for name in names]
     return jax.ffi.ffi_call("jax_fp8_scaled_matmul", results)(
-        *(jnp.asarray(given[name]) for name in names),
+        *operands,
+        arrays=ffi.describe(*operands, *results),
         x_block_rows=np.int64(given["x_block"][0]),
         x_block_cols=np.int64(given["x_block"][1]),
         w_block_rows=np.int64(given["w_block"][0]),

@@ -1,5 +1,7 @@
 """The fused producers against float64, and the kernel against the definition in plain JAX."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,6 +119,38 @@ def test_rows_that_leave_nothing_over(rng, producer, granularity, static, wide):
             scale = np.exp2(rng.uniform(-8, -4, ref.scale_shape(shape, granularity)))
             scale = scale.astype(np.float32)
         check(producer, data, "kernel", granularity, scale=scale)
+
+
+@pytest.mark.gpu
+@producers
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("shape", [(9000, 2048), (5000, 2056), (3, 4000, 264)], ids=pair_id)
+def test_tensor_scales_of_more_rows_than_stay_on_the_chip(rng, producer, residual, shape):
+    """The same bits as with the scale given, which is the largest of the rows' own."""
+    if residual and producer not in NORMS:
+        pytest.skip("norms alone have a residual")
+    data = [jnp.asarray(a) for a in operands(rng, producer, shape, ref.BF16, weight_type=ref.BF16)]
+    added = data[0][..., ::-1] if residual else None
+
+    def run(x, added, **options):
+        if added is not None:
+            options["residual"] = added
+        result = call(producer, (x, *data[1:]), implementation="kernel", **options)
+        return result if added is not None else (result, None)
+
+    def each(granularity):
+        one = functools.partial(run, granularity=granularity)
+        return (jax.vmap(one) if len(shape) == 3 else one)(data[0], added)
+
+    (tensor, total), (rows, _) = each("tensor"), each("row")
+    ref.assert_same_bits(tensor.scale, jnp.max(rows.scale, axis=(-2, -1), keepdims=True))
+    for entry in np.ndindex(shape[:-2]):
+        given = None if added is None else added[entry]
+        again, again_total = run(data[0][entry], given, scale=tensor.scale[entry])
+        ref.assert_same_bits(tensor.data[entry], again.data)
+        if residual:
+            ref.assert_same_bits(total[entry], again_total)
+            ref.assert_same_bits(total[entry], data[0][entry] + given)
 
 
 @norms

@@ -238,6 +238,11 @@ def fused_quantize(
     return data, scale, total
 
 
+def describe(*arrays: Any) -> str:
+    """Dtype, rank and dimensions of each: for the stage that XLA gives no arguments."""
+    return " ".join(" ".join(map(str, (a.dtype, len(a.shape), *a.shape))) for a in arrays)
+
+
 def scaled_matmul(
     operands: tuple[jax.Array, ...],
     *,
@@ -265,6 +270,7 @@ def scaled_matmul(
     (x_rows, x_cols), (w_rows, w_cols) = blocks
     return call(
         *operands,
+        arrays=describe(*operands, *results),
         x_block_rows=np.int64(x_rows),
         x_block_cols=np.int64(x_cols),
         w_block_rows=np.int64(w_rows),
