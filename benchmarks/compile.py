@@ -141,7 +141,7 @@ def table(results: list[Row]) -> str:
         )
     said = (
         "In ms, in fresh processes whose backend is up. `matmul` quantizes the activations,"
-        " `quantize + matmul` the weights too; the first call times cublasLt's algorithms, unless"
+        " `quantize + matmul` the weights too; compiling times cublasLt's algorithms, unless"
         " they are known from an earlier process."
     )
     return f"{said}\n\n{tables.markdown(header, lines)}"

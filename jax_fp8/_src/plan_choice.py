@@ -40,12 +40,13 @@ Path = str | os.PathLike[str]
 def set_plan_choice(mode: str | None = None, *, cache_dir: Path | None = None) -> None:
     """Says how products choose among the algorithms that cublasLt offers.
 
-    To be called before the first product: what is captured in a CUDA graph stays as it is.
+    To be called before the first product is compiled: what is captured in a CUDA graph stays as it
+    is.
 
     Args:
-      mode: ``"timed"``: the first use of a problem times the candidates, on random data in memory
-        of its own, and keeps the fastest for this process and later ones, which then give the same
-        bits. ``"heuristic"``: nothing is timed; an imported choice is taken, else what cublasLt
+      mode: ``"timed"``: the first program with a problem times the candidates while it is compiled,
+        on random data in memory of its own, and keeps the fastest for this process and later ones,
+        which then give the same bits. ``"heuristic"``: nothing is timed; an imported choice is taken, else what cublasLt
         ranks first, which is the same in every process on equal GPUs. None: timed, but heuristic
         in programs of several processes (``jax.distributed``), which must agree.
       cache_dir: the folder for the timed choices. None: ``JAX_FP8_CACHE_DIR``, else

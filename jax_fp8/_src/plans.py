@@ -52,7 +52,8 @@ def clear_plans(*, choices: bool = False) -> None:
 
     Args:
       choices: also forget which algorithms were chosen, in this process and on disk. Problems are
-        timed again when they next come up; what is captured in a CUDA graph stays as it is.
+        timed again when a program that has them is compiled; what is captured in a CUDA graph stays
+        as it is.
     """
     if choices:
         plan_choice.clear_choices()
