@@ -258,7 +258,7 @@ xffi::DataType to_data_type(std::string_view name) {
   return name == "uint8" ? xffi::DataType::U8 : xffi::DataType::INVALID;
 }
 
-// Arrays of which there is nothing but what `arrays` says: they lie nowhere.
+// The arrays of a call, of which there is nothing but what `arrays` says: they lie nowhere.
 struct Described {
   explicit Described(std::string_view arrays) {
     std::istringstream words{std::string(arrays)};
@@ -266,6 +266,7 @@ struct Described {
     for (size_t rank = 0; words >> dtype >> rank;) {
       std::vector<int64_t>& shape = shapes.emplace_back(rank);
       for (int64_t& size : shape) words >> size;
+      if (!words) break;  // A dimension has a name: jax.export leaves it to the caller.
       buffers.push_back({});
       buffers.back().struct_size = XLA_FFI_Buffer_STRUCT_SIZE;
       buffers.back().dtype = static_cast<XLA_FFI_DataType>(to_data_type(dtype));
@@ -274,7 +275,8 @@ struct Described {
     }
     for (size_t i = 0; i < buffers.size(); ++i) buffers[i].dims = shapes[i].data();
   }
-  xffi::AnyBuffer at(int i) const { return xffi::AnyBuffer(&buffers.at(i)); }
+  bool is_known() const { return buffers.size() == 9; }
+  xffi::AnyBuffer at(int i) const { return xffi::AnyBuffer(&buffers[i]); }
 
   static constexpr uintptr_t kAddress = 256;  // As aligned as XLA's own.
   std::vector<std::vector<int64_t>> shapes;
@@ -290,6 +292,7 @@ xffi::Error compile(int64_t x_block_rows, int64_t x_block_cols, int64_t w_block_
     int ordinal = 0;
     if (cudaGetDevice(&ordinal) != cudaSuccess) return xffi::Error::Success();
     const Described all(arrays);
+    if (!all.is_known()) return xffi::Error::Success();
     return run_on_cuda(Stage::kCompile, nullptr, ordinal,
                        {all.at(0), all.at(1), all.at(2), all.at(3), all.at(4), all.at(5), all.at(6),
                         all.at(7), all.at(8), x_block_rows, x_block_cols, w_block_rows,

@@ -47,6 +47,30 @@ def test_round_trip(rng, serialized):
     ref.assert_same_bits(again.call(x, w), quantize_and_multiply(x, w))
 
 
+@pytest.mark.parametrize(
+    "implementation", ["naive", pytest.param("cublaslt", marks=pytest.mark.gpu)]
+)
+def test_rows_that_are_not_known_before_the_call(rng, implementation):
+    """Nothing can be timed for them when they are compiled."""
+    # Of integers, whose sums no algorithm rounds.
+    x, w = (jnp.asarray(rng.integers(-4, 5, (n, 64)), jnp.float8_e4m3fn) for n in (48, 32))
+    w = jax_fp8.ScaledArray(w, jnp.ones((1, 1)))
+    (rows,) = export.symbolic_shape("rows")
+
+    def multiply(x, w):
+        x = jax_fp8.ScaledArray(x, jnp.ones((1, 1)))
+        return jax_fp8.scaled_matmul(x, w, implementation=implementation)
+
+    program = exported(
+        multiply,
+        jax.ShapeDtypeStruct((rows, 64), jnp.float8_e4m3fn),
+        w,
+        platform="cuda" if jax.default_backend() == "gpu" else "cpu",
+    )
+    for count in (16, 48):
+        ref.assert_same_bits(program.call(x[:count], w), multiply(x[:count], w))
+
+
 def test_fused_matmul(rng):
     """The handler on the CPU; for GPUs a program holds it too, whatever they are."""
     on_the_cpu()
