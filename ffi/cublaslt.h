@@ -37,7 +37,8 @@ struct Call {
 // Makes the plans of a call.
 Result prepare(const Call& call);
 
-// Runs it: the GEMMs, and the kernels around them. Allocates nothing and does not synchronize.
+// Runs it: the GEMMs, and the kernels around them. Does not synchronize, and allocates nothing but
+// cublasLt's handle where a device has none yet.
 Result run(const Call& call, Ran* ran);
 
 }  // namespace jax_fp8::lt

@@ -25,7 +25,8 @@ struct Candidate {
   std::string name;   // Its configuration, which tells it from the others.
 };
 
-// The likeliest to be fast comes first. None, with the reason in `*why`, where cublasLt has none.
+// Those without workspace first, and of these the likeliest to be fast. None, with the reason in
+// `*why`, where cublasLt has none.
 std::vector<Candidate> find_candidates(const Api& api, const Description& product,
                                        std::string* why);
 

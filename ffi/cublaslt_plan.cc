@@ -276,7 +276,10 @@ std::shared_ptr<Plan> find_plan(const Api& api, const Problem& key, const Pointe
   plan->generation = generation;
   plan->hurried = !compiling;
   const std::lock_guard lock(cache().mutex);
-  return cache().plans[key] = plan;
+  std::shared_ptr<Plan>& kept = cache().plans[key];
+  const bool is_better = kept != nullptr && !kept->hurried && kept->generation == generation;
+  if (compiling || !is_better) kept = plan;
+  return kept;
 }
 
 const std::string& refusal(const Plan& plan) { return plan.refusal; }

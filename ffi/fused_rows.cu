@@ -80,11 +80,17 @@ cudaError_t launch_tensor(const Fused& f, const Spread& spread, cudaStream_t str
                                static_cast<int>(room));  // The same for all calls.
   if (error != cudaSuccess) return error;
   const int64_t turns = ceil_div(groups, blocks);
-  const int64_t norms = ceil_div(turns * spread.rows() * int64_t{sizeof(float2)}, 16) * 16;
+  const int64_t of_norms = Producer::kNorm ? turns * spread.rows() * int64_t{sizeof(float2)} : 0;
+  const int64_t norms = ceil_div(of_norms, 16) * 16;
   const int64_t of_turn =
       int64_t{sizeof(Pack<in, kWidth>)} * packs * Producer::kParts * spread.threads * spread.rows();
-  // As many as leave all blocks running at once.
-  for (int64_t kept = std::min(turns, (room - norms) / of_turn); norms <= room && kept >= 0;
+  // As many as leave all blocks running at once: a little less than the share of each of a
+  // multiprocessor's.
+  const int64_t resident =
+      ceil_div(blocks * spread.parts, device_attribute(cudaDevAttrMultiProcessorCount));
+  const int64_t share =
+      std::min(room, device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / resident);
+  for (int64_t kept = std::min(turns, (share - norms) / of_turn); norms <= room && kept >= 0;
        --kept) {
     const int64_t bytes = norms + kept * of_turn;
     int64_t fitting = 0;

@@ -1,6 +1,9 @@
 // The handlers of jax_fp8_scaled_matmul: checks and dispatch.
+#include <cuda.h>
+
+#include <algorithm>
+#include <charconv>
 #include <optional>
-#include <sstream>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -171,8 +174,9 @@ xffi::Error run_on_cpu(const Arguments& a) {
   });
 }
 
-// Compiling makes cublasLt's plans: XLA asks for that once. (What it calls the initialize stage it
-// asks for at each run, captured or not, which costs the host 2 us a call.)
+// Compiling makes cublasLt's plans, on one device: XLA asks for that when it compiles or loads a
+// program. (Its initialize stage it asks for at each run, captured or not: 2 us of the host a
+// call.)
 enum class Stage { kCompile, kExecute };
 
 xffi::Error run_on_cuda(Stage stage, cudaStream_t stream, int32_t ordinal, const Arguments& a) {
@@ -261,19 +265,32 @@ xffi::DataType to_data_type(std::string_view name) {
 // The arrays of a call, of which there is nothing but what `arrays` says: they lie nowhere.
 struct Described {
   explicit Described(std::string_view arrays) {
-    std::istringstream words{std::string(arrays)};
-    std::string dtype;
-    for (size_t rank = 0; words >> dtype >> rank;) {
+    // No stream reads the numbers, for the reason that checks.h has.
+    const auto word = [&] {
+      const std::string_view first = arrays.substr(0, arrays.find(' '));
+      arrays.remove_prefix(std::min(first.size() + 1, arrays.size()));
+      return first;
+    };
+    const auto number = [&](int64_t* value) {
+      const std::string_view text = word();
+      const auto end = text.data() + text.size();
+      return std::from_chars(text.data(), end, *value).ptr == end && !text.empty();
+    };
+    while (!arrays.empty()) {
+      const xffi::DataType dtype = to_data_type(word());
+      int64_t rank = 0;
+      if (!number(&rank) || rank < 0 || rank > 8) return;
       std::vector<int64_t>& shape = shapes.emplace_back(rank);
-      for (int64_t& size : shape) words >> size;
-      if (!words) break;  // A dimension has a name: jax.export leaves it to the caller.
+      for (int64_t& size : shape) {
+        if (!number(&size)) return;  // It has a name: jax.export leaves it to the caller.
+      }
       buffers.push_back({});
       buffers.back().struct_size = XLA_FFI_Buffer_STRUCT_SIZE;
-      buffers.back().dtype = static_cast<XLA_FFI_DataType>(to_data_type(dtype));
+      buffers.back().dtype = static_cast<XLA_FFI_DataType>(dtype);
       buffers.back().data = reinterpret_cast<void*>(kAddress);
-      buffers.back().rank = static_cast<int64_t>(rank);
+      buffers.back().rank = rank;
+      buffers.back().dims = shape.data();
     }
-    for (size_t i = 0; i < buffers.size(); ++i) buffers[i].dims = shapes[i].data();
   }
   bool is_known() const { return buffers.size() == 9; }
   xffi::AnyBuffer at(int i) const { return xffi::AnyBuffer(&buffers[i]); }
@@ -283,20 +300,45 @@ struct Described {
   std::vector<XLA_FFI_Buffer> buffers;
 };
 
-// XLA compiles where there need not be a GPU, and for which of several does not matter: equal ones
-// share the choices of plans.
+// XLA does not say what it compiles for: a device that this process works on already, if there is
+// one, and not a context on one that is somebody else's. -1 without a GPU.
+int device_to_time_on() {
+  int current = 0, count = 0;
+  if (cudaGetDevice(&current) != cudaSuccess || cudaGetDeviceCount(&count) != cudaSuccess) {
+    return -1;
+  }
+  static const auto state = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    cudaGetDriverEntryPointByVersion("cuDevicePrimaryCtxGetState", &function, 7000,
+                                     cudaEnableDefault, &found);
+    return reinterpret_cast<decltype(&cuDevicePrimaryCtxGetState)>(function);
+  }();
+  const auto works = [&](int device) {
+    unsigned flags = 0;
+    int active = 0;
+    return state != nullptr && state(device, &flags, &active) == CUDA_SUCCESS && active != 0;
+  };
+  for (int device = 0; device < count && !works(current); ++device) {
+    if (works(device)) return device;
+  }
+  return current;
+}
+
+// Makes the plans of a call that there will be. Equal devices share what is chosen, and what one
+// refuses another may take, so that there are no errors before it runs.
 xffi::Error compile(int64_t x_block_rows, int64_t x_block_cols, int64_t w_block_rows,
                     int64_t w_block_cols, std::string_view activation, bool fast,
                     std::string_view implementation, int64_t capability, std::string_view arrays) {
   return guarded(kName, [&]() -> xffi::Error {
-    int ordinal = 0;
-    if (cudaGetDevice(&ordinal) != cudaSuccess) return xffi::Error::Success();
+    const int ordinal = device_to_time_on();
     const Described all(arrays);
-    if (!all.is_known()) return xffi::Error::Success();
-    return run_on_cuda(Stage::kCompile, nullptr, ordinal,
-                       {all.at(0), all.at(1), all.at(2), all.at(3), all.at(4), all.at(5), all.at(6),
-                        all.at(7), all.at(8), x_block_rows, x_block_cols, w_block_rows,
-                        w_block_cols, activation, fast, implementation, capability, arrays});
+    if (ordinal < 0 || !all.is_known()) return xffi::Error::Success();
+    run_on_cuda(Stage::kCompile, nullptr, ordinal,
+                {all.at(0), all.at(1), all.at(2), all.at(3), all.at(4), all.at(5), all.at(6),
+                 all.at(7), all.at(8), x_block_rows, x_block_cols, w_block_rows, w_block_cols,
+                 activation, fast, implementation, capability, arrays});
+    return xffi::Error::Success();
   });
 }
 

@@ -190,8 +190,8 @@ def check_known_amaxes():
 
 # --- The fused producers --------------------------------------------------------------------------
 
-# Vector loads with whole and partial blocks and more rows than one wave; columns that leave packs
-# partial; rows longer than a thread block holds; and those that leave nothing over.
+# Vector loads with whole and partial blocks; columns that leave packs partial; rows longer than a
+# thread block holds; and those that leave nothing over.
 FUSED_SHAPES = ((300, 264), (3, 131), (2, 16_520), (2, 16_384))
 
 

@@ -130,8 +130,8 @@ def rms_norm_quantize(
       eps: a number that is known when the program is traced; finite, not negative.
       residual: None, or an array of ``x``'s shape and dtype, which is added to it first.
       dtype: ``float8_e4m3fn`` or ``float8_e5m2``.
-      granularity: ``"tensor"``, ``"row"`` or ``(1, 128)``. A dynamic ``"tensor"`` scale takes
-        two passes, each of which computes the norm.
+      granularity: ``"tensor"``, ``"row"`` or ``(1, 128)``. With a dynamic ``"tensor"``
+        scale, what does not stay on the chip is read twice.
       scale: None for dynamic scaling; else the float32 scale to use, as in ``quantize``.
       implementation: ``"kernel"`` (this library's handler), ``"xla"`` (plain JAX), or None: the
         kernel on a GPU and XLA on a CPU. The values are within a factor of
@@ -238,8 +238,8 @@ def swiglu_quantize(
     Args:
       gate_up: ``(..., 2 F)``, the gates and then as many values; float32, bfloat16 or float16.
       dtype: ``float8_e4m3fn`` or ``float8_e5m2``.
-      granularity: ``"tensor"``, ``"row"`` or ``(1, 128)``. A dynamic ``"tensor"`` scale takes
-        two passes, each of which computes the values.
+      granularity: ``"tensor"``, ``"row"`` or ``(1, 128)``. With a dynamic ``"tensor"``
+        scale, what does not stay on the chip is read twice.
       scale: None for dynamic scaling; else the float32 scale to use, as in ``quantize``.
       implementation: ``"kernel"`` (this library's handler), ``"xla"`` (plain JAX), or None: the
         kernel on a GPU and XLA on a CPU. The values of both are within a factor of

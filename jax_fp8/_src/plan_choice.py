@@ -46,8 +46,10 @@ def set_plan_choice(mode: str | None = None, *, cache_dir: Path | None = None) -
     Args:
       mode: ``"timed"``: the first program with a problem times the candidates while it is compiled,
         on random data in memory of its own, and keeps the fastest for this process and later ones,
-        which then give the same bits. ``"heuristic"``: nothing is timed; an imported choice is
-        taken, else what cublasLt ranks first, which is the same in every process on equal GPUs.
+        which then give the same bits. Where a program does not know its rows before it is called
+        (``jax.export``), and on GPUs of another kind than the first, it is as with
+        ``"heuristic"``: nothing is timed; an imported choice is taken, else the first of cublasLt's
+        without workspace, which is the same in every process on equal GPUs.
         None: timed, but heuristic in programs of several processes (``jax.distributed``), which
         must agree.
       cache_dir: the folder for the timed choices. None: ``JAX_FP8_CACHE_DIR``, else

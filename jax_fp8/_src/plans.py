@@ -28,8 +28,9 @@ def plans() -> list[dict[str, Any]]:
       and they have the shape, dtypes, granularities and, for cublasLt, ``algorithm`` (its id,
       tile, stages, split of K ...), ``workspace`` (bytes), ``cublaslt`` (its version),
       ``candidates`` (how many algorithms there were) and ``choice``: ``"timed"`` in this process,
-      ``"cached"`` by an earlier one, ``"imported"``, or ``"heuristic"`` for cublasLt's first,
-      with the reason where they should have been timed and were not.
+      ``"cached"`` by an earlier one, ``"imported"``, or ``"heuristic"`` for the first that
+      cublasLt has without workspace, with the reason where they should have been timed and were
+      not.
       Entries with ``when="traced"`` say that a program was traced which leaves the operation to
       XLA on ``platform``; whether it was then compiled for that platform they cannot tell.
 
