@@ -30,18 +30,21 @@ template <bool centered, bool residual>
 struct Norm {
   static constexpr bool kNorm = true, kCentered = centered, kResidual = residual;
   static constexpr int kParts = 1;  // Values of x for each one of the result.
+  using AfterSum = Norm<centered, false>;
   __device__ static float value(float x, float) { return x; }
 };
 
 struct Swiglu {
   static constexpr bool kNorm = false, kCentered = false, kResidual = false;
   static constexpr int kParts = 2;
+  using AfterSum = Swiglu;
   __device__ static float value(float gate, float up) { return silu(gate) * up; }
 };
 
 struct Gelu {
   static constexpr bool kNorm = false, kCentered = false, kResidual = false;
   static constexpr int kParts = 1;
+  using AfterSum = Gelu;
   __device__ static float value(float x, float) { return gelu(x); }
 };
 
@@ -351,7 +354,6 @@ cudaError_t with_kind(const Fused& f, Run run) {
 }
 
 // For rows of whole packs that one thread block holds: whether it was one, and if so, launched.
-// Never for kAmax or kTensor, which kTwice has in it.
 bool launch_rows(const Fused& f, Pass pass, cudaStream_t stream, cudaError_t* error);
 cudaError_t launch_general(const Fused& f, Pass pass, cudaStream_t stream);
 

@@ -1,5 +1,6 @@
 // How the rows of a fused producer are spread over the device, and launched.
 #include "ffi/fused_rows_kernel.h"
+#include "ffi/zero.h"
 
 namespace jax_fp8::fused {
 namespace {
@@ -56,10 +57,10 @@ cudaError_t launch_together(Kernel kernel, Fused f, Pass pass, const Spread& spr
 // Dynamic tensor scales. kHeld where all rows run at once; else kTwice, with as many rows kept as
 // shared memory has room for. cudaErrorNotSupported: too many rows to keep their norms, or rows too
 // long for all of their blocks to run at once.
-template <typename Producer, Type in, int packs, bool regular>
+template <typename Producer, Type in, int packs>
 cudaError_t launch_tensor(const Fused& f, const Spread& spread, cudaStream_t stream) {
-  const Kernel held = row_kernel<Producer, in, packs, regular, Pass::kHeld>;
-  const Kernel twice = row_kernel<Producer, in, packs, regular, Pass::kTwice>;
+  const Kernel held = row_kernel<Producer, in, packs, true, Pass::kHeld>;
+  const Kernel twice = row_kernel<Producer, in, packs, true, Pass::kTwice>;
   int64_t most = 0;
   cudaError_t error = blocks_at_once(held, spread, 0, &most);
   if (error != cudaSuccess) return error;
@@ -115,12 +116,30 @@ cudaError_t launch_regular(const Fused& f, Pass pass, const Spread& spread, cuda
   }
 }
 
+// Rows that are not regular. Of their dynamic tensor scales those of few rows take one launch, the
+// others three.
 template <typename Producer, Type in, int packs>
 cudaError_t launch_any(const Fused& f, Pass pass, const Spread& spread, cudaStream_t stream) {
-  if (pass != Pass::kTwice) {
-    return launch(row_kernel<Producer, in, packs, false, Pass::kRow>, f, pass, spread, stream);
+  const Kernel kernel = row_kernel<Producer, in, packs, false, Pass::kRow>;  // Of any pass.
+  if (pass != Pass::kTwice) return launch(kernel, f, pass, spread, stream);
+  cudaError_t error = cudaSuccess;
+  if constexpr (packs == 1) {
+    const Kernel held = row_kernel<Producer, in, 1, false, Pass::kHeld>;
+    int64_t most = 0;
+    error = blocks_at_once(held, spread, 0, &most);
+    if (error != cudaSuccess) return error;
+    const int64_t blocks = ceil_div(f.batch * f.rows, spread.rows());
+    if (blocks * spread.parts <= most) {
+      return launch_together(held, f, Pass::kHeld, spread, blocks, Kept{}, 0, stream);
+    }
   }
-  return launch_tensor<Producer, in, packs, false>(f, spread, stream);
+  error = zero_words(f.amax, f.batch, stream);
+  if (error == cudaSuccess) error = launch(kernel, f, Pass::kAmax, spread, stream);
+  if (error != cudaSuccess) return error;
+  return f.residual == nullptr
+             ? launch(kernel, f, Pass::kTensor, spread, stream)
+             : launch(row_kernel<typename Producer::AfterSum, in, packs, false, Pass::kRow>,
+                      after_sum(f), Pass::kTensor, spread, stream);
 }
 
 // Few rows are spread over as many threads as there are packs; many give each thread several, so
@@ -154,12 +173,17 @@ bool run(const Fused& f, Pass pass, cudaStream_t stream, cudaError_t* error) {
   if constexpr (in != Type::kF32) {
     // LayerNorm has two sums, which four packs a thread share.
     constexpr int usual = Producer::kCentered && !Producer::kResidual ? 4 : 2;
-    const bool is_tensor = pass == Pass::kTwice;
-    const Spread spread = spread_of(f, whole_rows, is_tensor ? 2 : usual);
-    if (is_regular<in>(f, spread) && fits(spread)) {
-      *error = is_tensor ? launch_tensor<Producer, in, 2, true>(f, spread, stream)
-                         : launch_regular<Producer, in, usual>(f, pass, spread, stream);
-      return *error != cudaErrorNotSupported;
+    const Spread spread = spread_of(f, whole_rows, usual);
+    if (pass != Pass::kTwice && is_regular<in>(f, spread) && fits(spread)) {
+      *error = launch_regular<Producer, in, usual>(f, pass, spread, stream);
+      return true;
+    }
+  }
+  if constexpr (in == Type::kBF16) {  // What models have: each type more is a megabyte of kernels.
+    const Spread spread = spread_of(f, whole_rows, 2);
+    if (pass == Pass::kTwice && is_regular<in>(f, spread) && fits(spread)) {
+      *error = launch_tensor<Producer, in, 2>(f, spread, stream);
+      if (*error != cudaErrorNotSupported) return true;
     }
   }
   // As many as fit into the registers of a thread, for rows as long as can be.
@@ -169,7 +193,7 @@ bool run(const Fused& f, Pass pass, cudaStream_t stream, cudaError_t* error) {
   if (!fits(spread)) return false;
   *error = spread.packs == 1 ? launch_any<Producer, in, 1>(f, pass, spread, stream)
                              : launch_any<Producer, in, many>(f, pass, spread, stream);
-  return *error != cudaErrorNotSupported;
+  return true;
 }
 
 }  // namespace

@@ -55,7 +55,7 @@ struct Kept {
 //
 // Regular: one batch entry, threads * packs packs in each row, a row for each block, weights of x's
 // type, and E4M3 of the `known` pass. To know this takes a third of the instructions away. Other
-// kernels are told the pass, but for those of dynamic tensor scales.
+// kernels are told the pass, but for kHeld.
 template <typename Producer, Type in, int packs, bool regular, Pass known>
 __device__ __forceinline__ void run_rows(const Fused& f, Pass asked,
                                          [[maybe_unused]] const Kept& kept) {
@@ -69,7 +69,7 @@ __device__ __forceinline__ void run_rows(const Fused& f, Pass asked,
   const auto has = [&](int p) { return regular || column + p * reach < cols; };
   const float share = 1.0f / static_cast<float>(cols);
   const Type data_type = regular ? Type::kE4M3 : f.data_type;
-  const bool of_row = !of_tensor && pass == Pass::kRow;
+  const bool of_row = !of_tensor && (pass == Pass::kRow || pass == Pass::kAmax);
   // Twice, so that a warp may begin with the next row while another still reads.
   __shared__ float sum_parts[2][2][kMaxGroups];
   __shared__ uint32_t amax_parts[2][kWarp];
@@ -272,6 +272,10 @@ __device__ __forceinline__ void run_rows(const Fused& f, Pass asked,
         __syncthreads();
       }
       amax = get_amax(amax_parts[parity] + own_row * warps) * factor;
+      if (!regular && pass == Pass::kAmax) {
+        if (inside && threadIdx.x == 0) amax_to_memory(f, entry, amax);
+        continue;
+      }
       scale = dynamic_scale(amax, data_type);
     } else if (inside) {
       scale = known_scale(f, of_tensor ? Pass::kTensor : pass, entry, row);
