@@ -54,9 +54,9 @@ cudaError_t launch_together(Kernel kernel, Fused f, Pass pass, const Spread& spr
                                      static_cast<size_t>(bytes), stream);
 }
 
-// Dynamic tensor scales. kHeld where all rows run at once; else kTwice, with as many rows kept as
-// shared memory has room for. cudaErrorNotSupported: too many rows to keep their norms, or rows too
-// long for all of their blocks to run at once.
+// Dynamic tensor scales of regular rows, one for each block. kHeld where all rows run at once; else
+// kTwice, with as many rows kept as shared memory has room for. cudaErrorNotSupported: too many
+// rows to keep their norms, or rows too long for all of their blocks to run at once.
 template <typename Producer, Type in, int packs>
 cudaError_t launch_tensor(const Fused& f, const Spread& spread, cudaStream_t stream) {
   const Kernel held = row_kernel<Producer, in, packs, true, Pass::kHeld>;
@@ -64,13 +64,12 @@ cudaError_t launch_tensor(const Fused& f, const Spread& spread, cudaStream_t str
   int64_t most = 0;
   cudaError_t error = blocks_at_once(held, spread, 0, &most);
   if (error != cudaSuccess) return error;
-  const int64_t groups = ceil_div(f.batch * f.rows, spread.rows());
-  if (groups * spread.parts <= most) {
-    return launch_together(held, f, Pass::kHeld, spread, groups, Kept{}, 0, stream);
+  if (f.rows * spread.parts <= most) {
+    return launch_together(held, f, Pass::kHeld, spread, f.rows, Kept{}, 0, stream);
   }
   error = blocks_at_once(twice, spread, 0, &most);
   if (error != cudaSuccess) return error;
-  const int64_t blocks = std::min(groups, most / spread.parts);
+  const int64_t blocks = std::min(f.rows, most / spread.parts);
   if (blocks == 0) return cudaErrorNotSupported;
   cudaFuncAttributes attributes{};
   error = cudaFuncGetAttributes(&attributes, twice);
@@ -80,11 +79,11 @@ cudaError_t launch_tensor(const Fused& f, const Spread& spread, cudaStream_t str
   error = cudaFuncSetAttribute(twice, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(room));  // The same for all calls.
   if (error != cudaSuccess) return error;
-  const int64_t turns = ceil_div(groups, blocks);
-  const int64_t of_norms = Producer::kNorm ? turns * spread.rows() * int64_t{sizeof(float2)} : 0;
+  const int64_t turns = ceil_div(f.rows, blocks);
+  const int64_t of_norms = Producer::kNorm ? turns * int64_t{sizeof(float2)} : 0;
   const int64_t norms = ceil_div(of_norms, 16) * 16;
   const int64_t of_turn =
-      int64_t{sizeof(Pack<in, kWidth>)} * packs * Producer::kParts * spread.threads * spread.rows();
+      int64_t{sizeof(Pack<in, kWidth>)} * packs * Producer::kParts * spread.threads;
   // As many as leave all blocks running at once: a little less than the share of each of a
   // multiprocessor's.
   const int64_t resident =

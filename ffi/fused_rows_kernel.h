@@ -23,8 +23,8 @@ __device__ inline float in_register(float value) {
   return value;
 }
 
-// What a thread block keeps of its rows in shared memory while a tensor's amax comes about: of each
-// the (mean, factor) of its norm, and of the first `turns` of them what was read.
+// What a thread block keeps of its rows in shared memory while a tensor's amax comes about, one row
+// a turn: of each the (mean, factor) of its norm, and of the first `turns` of them what was read.
 struct Kept {
   int turns, packs_at;  // The packs begin at that byte.
 
@@ -32,19 +32,17 @@ struct Kept {
     extern __shared__ __align__(16) unsigned char bytes[];
     return bytes;
   }
-  __device__ float2& norm_of(int turn) const {
-    return reinterpret_cast<float2*>(memory())[turn * blockDim.y + threadIdx.y];
-  }
+  __device__ float2& norm_of(int turn) const { return reinterpret_cast<float2*>(memory())[turn]; }
   // For each 16 bytes of a thread's `count` packs. Threads lie side by side, to meet no bank twice.
   template <typename Packs, typename Body>
   __device__ void each(int turn, int part, int parts, Packs& packs, Body body) const {
     constexpr int count = sizeof(packs) / sizeof(uint4);
-    const unsigned threads = blockDim.x * blockDim.y;
     auto* const slots = reinterpret_cast<uint4*>(memory() + packs_at) +
-                        (turn * parts + part) * count * threads + threadIdx.y * blockDim.x +
-                        threadIdx.x;
+                        (turn * parts + part) * count * blockDim.x + threadIdx.x;
 #pragma unroll
-    for (int i = 0; i < count; ++i) body(reinterpret_cast<uint4*>(&packs)[i], slots[i * threads]);
+    for (int i = 0; i < count; ++i) {
+      body(reinterpret_cast<uint4*>(&packs)[i], slots[i * blockDim.x]);
+    }
   }
 };
 
@@ -55,7 +53,7 @@ struct Kept {
 //
 // Regular: one batch entry, threads * packs packs in each row, a row for each block, weights of x's
 // type, and E4M3 of the `known` pass. To know this takes a third of the instructions away. Other
-// kernels are told the pass, but for kHeld.
+// kernels are told the pass, but for kHeld; kTwice, with kAmax in it, is of regular rows alone.
 template <typename Producer, Type in, int packs, bool regular, Pass known>
 __device__ __forceinline__ void run_rows(const Fused& f, Pass asked,
                                          [[maybe_unused]] const Kept& kept) {
@@ -103,7 +101,6 @@ __device__ __forceinline__ void run_rows(const Fused& f, Pass asked,
   // All amaxes begin at zero. That this is so is not waited for before the first one is known.
   const auto grid = cooperative_groups::this_grid();
   cooperative_groups::grid_group::arrival_token zeroed{};
-  [[maybe_unused]] bool waits = true;
   [[maybe_unused]] float largest = 0.0f;  // Of this thread's values, in all rows.
   [[maybe_unused]] int done = 0;          // Turns.
   if constexpr (of_tensor) {
@@ -257,12 +254,10 @@ __device__ __forceinline__ void run_rows(const Fused& f, Pass asked,
       if constexpr (known == Pass::kAmax) {
         if (Producer::kNorm && threadIdx.x == 0) kept.norm_of(done) = {mean, factor};
         ++done;
-        if (f.batch == 1) continue;
+        continue;
       }
-      if (waits) grid.barrier_wait(std::move(zeroed));
-      waits = false;
+      grid.barrier_wait(std::move(zeroed));  // There is one turn.
       tell_amax(entry, parity, inside);
-      if constexpr (known == Pass::kAmax) continue;
       grid.sync();
     }
     float scale = 0.0f;
@@ -286,29 +281,26 @@ __device__ __forceinline__ void run_rows(const Fused& f, Pass asked,
     for (int p = 0; p < packs; ++p) store(p, inverse);
   }
   if constexpr (known == Pass::kAmax) {
-    if (waits) grid.barrier_wait(std::move(zeroed));
-    if (f.batch == 1) tell_amax(0, 0, true);
+    grid.barrier_wait(std::move(zeroed));
+    tell_amax(0, 0, true);
   }
 }
 
 // The second pass of a dynamic tensor scale, over the rows that run_rows has measured. Those that
 // were read last come first: what is not kept may still be in the L2 cache.
-template <typename Producer, Type in, int packs, bool regular>
+template <typename Producer, Type in, int packs>
 __device__ __forceinline__ void cast_rows(const Fused& f, const Kept& kept) {
   using T = typename Native<in>::type;
-  const int rows = static_cast<int>(f.batch * f.rows), cols = static_cast<int>(f.cols);
+  const int rows = static_cast<int>(f.rows), cols = static_cast<int>(f.cols);
   const int column = (blockIdx.y * packs * blockDim.x + threadIdx.x) * kWidth;
   const int reach = blockDim.x * kWidth;
-  const auto has = [&](int p) { return regular || column + p * reach < cols; };
-  const int rows_block = regular ? 1 : blockDim.y, rows_grid = gridDim.x * rows_block;
-  const int first_row = blockIdx.x * rows_block + (regular ? 0 : threadIdx.y);
+  const int first_row = blockIdx.x, rows_grid = gridDim.x;
   const T* const source = static_cast<const T*>(Producer::kResidual ? f.sum : f.x);
 
-  int known_entry = -1;
-  float scale = 0.0f;
-  for (int turn = (rows - 1 - first_row + rows_grid) / rows_grid - 1; turn >= 0; --turn) {
+  const float scale = known_scale(f, Pass::kTensor, 0, 0), inverse = inverse_scale(scale);
+  if (first_row == 0 && threadIdx.x == 0 && blockIdx.y == 0) store_scale(f, 0, 0, scale);
+  for (int turn = (rows - 1 - first_row) / rows_grid; turn >= 0; --turn) {
     const int row = first_row + turn * rows_grid;
-    const int entry = regular || f.batch == 1 ? 0 : row / static_cast<int>(f.rows);
     const int64_t at = int64_t{row} * cols + column;
     Pack<in, kWidth> first[packs] = {}, second[packs] = {};
     if (turn < kept.turns) {
@@ -319,41 +311,29 @@ __device__ __forceinline__ void cast_rows(const Fused& f, const Kept& kept) {
       const T* const x = source + at + (Producer::kParts == 2 ? int64_t{row} * cols : 0);
 #pragma unroll
       for (int p = 0; p < packs; ++p) {
-        if (!has(p)) continue;
         first[p].load(x + p * reach);
         if constexpr (Producer::kParts == 2) second[p].load(x + cols + p * reach);
       }
     }
-    if (entry != known_entry) scale = known_scale(f, Pass::kTensor, entry, row);
-    known_entry = entry;
-    if (threadIdx.x == 0 && blockIdx.y == 0) store_scale(f, entry, row, scale);
-    const float inverse = inverse_scale(scale);
     const float2 norm = Producer::kNorm ? kept.norm_of(turn) : float2{};
-    const int64_t place = int64_t{entry} * f.weight_stride + column;
 #pragma unroll
     for (int p = 0; p < packs; ++p) {
-      if (!has(p)) continue;
       float values[kWidth];
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) {
         values[e] = Producer::value(first[p][e], Producer::kParts == 2 ? second[p][e] : 0.0f);
       }
       if constexpr (Producer::kNorm && Producer::kCentered) {
-        shift_and_scale<true, regular, in>(f, place + p * reach, kWidth, norm.x, norm.y, values);
+        shift_and_scale<true, true, in>(f, column + p * reach, kWidth, norm.x, norm.y, values);
       } else if constexpr (Producer::kNorm) {
         float weights[kWidth];
-        load_weights<true, regular, in>(f.weight, f.weight_type, place + p * reach, kWidth,
-                                        weights);
+        load_weights<true, true, in>(f.weight, f.weight_type, column + p * reach, kWidth, weights);
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) {
           values[e] = __fmul_rn(__fmul_rn(values[e], weights[e]), norm.y);
         }
       }
-      if constexpr (regular) {
-        store_codes<Type::kE4M3, false>(f.data + at + p * reach, values, inverse);
-      } else {
-        store_codes(f, at + p * reach, values, inverse);
-      }
+      store_codes<Type::kE4M3, false>(f.data + at + p * reach, values, inverse);
     }
   }
 }
@@ -364,7 +344,7 @@ __global__ void __launch_bounds__(most_threads<Producer>(packs))
   if constexpr (known == Pass::kTwice) {
     run_rows<Producer, in, packs, regular, Pass::kAmax>(f, pass, kept);
     cooperative_groups::this_grid().sync();
-    cast_rows<Producer, in, packs, regular>(f, kept);
+    cast_rows<Producer, in, packs>(f, kept);
   } else {
     run_rows<Producer, in, packs, regular, known>(f, pass, kept);
   }

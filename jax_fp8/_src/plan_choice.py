@@ -49,9 +49,8 @@ def set_plan_choice(mode: str | None = None, *, cache_dir: Path | None = None) -
         which then give the same bits. Where a program does not know its rows before it is called
         (``jax.export``), and on GPUs of another kind than the first, it is as with
         ``"heuristic"``: nothing is timed; an imported choice is taken, else the first of cublasLt's
-        without workspace, which is the same in every process on equal GPUs.
-        None: timed, but heuristic in programs of several processes (``jax.distributed``), which
-        must agree.
+        without workspace, which is the same in every process on equal GPUs. None: timed, but
+        heuristic in programs of several processes (``jax.distributed``), which must agree.
       cache_dir: the folder for the timed choices. None: ``JAX_FP8_CACHE_DIR``, else
         ``XDG_CACHE_HOME/jax_fp8``, else ``~/.cache/jax_fp8``. Empty: none, nothing is kept on disk.
 
