@@ -38,6 +38,11 @@ cudaError_t cast_transpose_device(const CastTranspose& q, cudaStream_t stream) {
   if (q.transposed == nullptr && q.keys == nullptr && q.known == nullptr) {
     return quantize_layout(q, false, stream);
   }
+  const bool is_dynamic = q.given == nullptr && q.known == nullptr && q.block_cols == 0;
+  if (is_dynamic) {
+    const cudaError_t error = cast_held(q, stream);
+    if (error != cudaErrorNotSupported) return error;
+  }
   int parts = 0;
   cudaError_t error = cudaSuccess;
   if (q.block_rows == 0 && q.given == nullptr) {

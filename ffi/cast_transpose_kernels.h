@@ -13,6 +13,8 @@ cudaError_t row_and_column_amaxes(const CastTranspose& q, bool rows, bool column
                                   cudaStream_t stream);
 // Casts tile by tile. `parts` as above; where it is not 0 or rows have scales, amaxes were found.
 cudaError_t cast_tiles(const CastTranspose& q, int parts, cudaStream_t stream);
+// Both in one launch; cudaErrorNotSupported where it does not know how.
+cudaError_t cast_held(const CastTranspose& q, cudaStream_t stream);
 
 inline bool is_aligned(const void* pointer, int bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;

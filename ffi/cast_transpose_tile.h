@@ -7,6 +7,7 @@ namespace jax_fp8 {
 
 constexpr int kEdge = 128, kColumns = 8;        // Of a tile; of a thread.
 constexpr int kThreadsARow = kEdge / kColumns;  // Half a warp.
+constexpr int kBandShift = 1;
 
 // A thread has 128 bytes in flight, and an SM 1024 threads.
 template <Type in>
@@ -40,6 +41,7 @@ struct Walk {
   int shift;
   Divisor by_band, by_matrix, by_entry;  // Tiles to bands, bands to matrices, these to entries.
   uint32_t matrices;                     // Of an entry.
+  uint32_t tiles;                        // Of all matrices.
   bool reverse;      // What the pass before had last comes first: the cache has it.
   int turned_width;  // Bytes of the transpose that can be stored at once.
   int parts;         // Of the amax of an entry.
@@ -53,8 +55,39 @@ struct Place {
   int rows, cols;  // That the tile has.
 };
 
-__device__ inline Place find_place(const CastTranspose& q, const Walk& walk, int rows_a_thread) {
-  const uint32_t tile = walk.reverse ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+// The walk through q. A band of a matrix that is not full has tiles without rows.
+inline Walk walk_of(const CastTranspose& q, int parts) {
+  Walk walk;
+  walk.tile_rows = static_cast<uint32_t>(ceil_div(q.rows, kEdge));
+  walk.tile_cols = static_cast<uint32_t>(ceil_div(q.cols, kEdge));
+  walk.shift = 0;
+  while (walk.shift < kBandShift && (2u << walk.shift) <= walk.tile_rows) ++walk.shift;
+  walk.bands = static_cast<uint32_t>(ceil_div(walk.tile_rows, 1 << walk.shift));
+  walk.by_band = Divisor(walk.tile_cols << walk.shift);
+  walk.by_matrix = Divisor(walk.bands);
+  walk.matrices = static_cast<uint32_t>(q.batch / q.entries);
+  walk.by_entry = Divisor(walk.matrices);
+  walk.reverse = parts > 0 || (q.block_rows == 1 && q.block_cols == 0);
+  walk.parts = parts;
+  walk.turned_width = 1;
+  for (const int width : {16, 4}) {
+    if (walk.turned_width < width && q.rows % width == 0 && is_aligned(q.transposed, width)) {
+      walk.turned_width = width;
+    }
+  }
+  walk.tiles =
+      static_cast<uint32_t>(q.batch * walk.bands * (int64_t{walk.tile_cols} << walk.shift));
+  return walk;
+}
+
+// Whether x and the straight result can be loaded and stored 8 values at once.
+inline bool loads_vectors(const CastTranspose& q) {
+  return q.cols % kColumns == 0 && is_aligned(q.x, 16) && is_aligned(q.straight, kColumns);
+}
+
+__device__ inline Place find_place(const CastTranspose& q, const Walk& walk, int rows_a_thread,
+                                   uint32_t index) {
+  const uint32_t tile = walk.reverse ? walk.tiles - 1 - index : index;
   const uint32_t band = walk.by_band.divide(tile), matrix = walk.by_matrix.divide(band);
   const uint32_t rest = tile - band * (walk.tile_cols << walk.shift);
   Place at;
@@ -117,55 +150,72 @@ __device__ float shared_inverse(const CastTranspose& q, const Walk& walk, const 
   return inverse_scale(scale);
 }
 
+// The largest magnitudes among the columns that half a warp has and the rows that a warp has, one
+// to a word or two, as in memory: of the half warp's 4 or 8 rows those in word `of_row`, and of the
+// thread's 8 columns.
+template <Type in>
+struct Strips {
+  static constexpr int kSize = in == Type::kF32 ? 4 : 2, kColumnWords = kColumns * kSize / 4;
+  static constexpr int kShare = kThreadsARow / 4;  // Threads that know the same rows.
+  uint32_t row, columns[kColumnWords];
+
+  __device__ static int of_row() { return threadIdx.x % kThreadsARow / kShare; }
+
+  template <typename Packs>
+  __device__ explicit Strips(const Packs& packs) : columns{} {
+    uint32_t rows[4];
+#pragma unroll
+    for (int i = 0; i < Tile<in>::kRows; ++i) {
+      uint32_t largest = 0;
+#pragma unroll
+      for (int w = 0; w < kColumnWords; ++w) {
+        const uint32_t word = magnitudes<in>(packs[i].words[w]);
+        largest = max_magnitudes<in>(largest, word);
+        columns[w] = max_magnitudes<in>(columns[w], word);
+      }
+      if constexpr (in == Type::kF32) {
+        rows[i] = largest;
+      } else if (i % 2 == 0) {  // Two rows to a word.
+        rows[i / 2] = largest;
+      } else {
+        rows[i / 2] = __vmaxu2(__byte_perm(rows[i / 2], largest, 0x5410),
+                               __byte_perm(rows[i / 2], largest, 0x7632));
+      }
+    }
+    row = lanes_combine<kThreadsARow>(
+        rows, [](uint32_t a, uint32_t b) { return max_magnitudes<in>(a, b); });
+#pragma unroll
+    for (uint32_t& word : columns) {
+      word = max_magnitudes<in>(word, __shfl_xor_sync(0xffffffffu, word, kThreadsARow));
+    }
+  }
+};
+
 // The largest magnitudes of a tile's rows and columns, in `memory`: 128 of the rows, then for each
 // warp 128 of the columns. Whoever calls synchronizes.
 template <Type in, typename Packs>
 __device__ void strip_amaxes(const Place& at, const Packs& packs, uint8_t* memory) {
-  constexpr int kRows = Tile<in>::kRows, kSize = in == Type::kF32 ? 4 : 2;
-  constexpr int kColumnWords = kColumns * kSize / 4;
-  uint32_t rows[4], columns[kColumnWords] = {};
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    uint32_t largest = 0;
-#pragma unroll
-    for (int w = 0; w < kColumnWords; ++w) {
-      const uint32_t word = magnitudes<in>(packs[i].words[w]);
-      largest = max_magnitudes<in>(largest, word);
-      columns[w] = max_magnitudes<in>(columns[w], word);
-    }
-    if constexpr (in == Type::kF32) {
-      rows[i] = largest;
-    } else if (i % 2 == 0) {  // Two rows to a word.
-      rows[i / 2] = largest;
-    } else {
-      rows[i / 2] = __vmaxu2(__byte_perm(rows[i / 2], largest, 0x5410),
-                             __byte_perm(rows[i / 2], largest, 0x7632));
-    }
-  }
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
-#pragma unroll
-    for (int lane = kThreadsARow / 2; lane > 0; lane /= 2) {
-      rows[w] = max_magnitudes<in>(rows[w], __shfl_xor_sync(0xffffffffu, rows[w], lane));
-    }
-  }
-#pragma unroll
-  for (int w = 0; w < kColumnWords; ++w) {
-    columns[w] =
-        max_magnitudes<in>(columns[w], __shfl_xor_sync(0xffffffffu, columns[w], kThreadsARow));
-  }
-  if (threadIdx.x % kThreadsARow == 0) {
-    *reinterpret_cast<uint4*>(memory + at.row * kSize) =
-        make_uint4(rows[0], rows[1], rows[2], rows[3]);
+  const Strips<in> found(packs);
+  const auto& columns = found.columns;
+  constexpr int kSize = Strips<in>::kSize;
+  if (threadIdx.x % found.kShare == 0) {
+    reinterpret_cast<uint32_t*>(memory + at.row * kSize)[found.of_row()] = found.row;
   }
   if (threadIdx.x % 32 < kThreadsARow) {
     uint8_t* target = memory + (threadIdx.x / 32 + 1) * kEdge * kSize + at.col * kSize;
 #pragma unroll
-    for (int w = 0; w < kColumnWords; w += 4) {
+    for (int w = 0; w < Strips<in>::kColumnWords; w += 4) {
       reinterpret_cast<uint4*>(target)[w / 4] =
           make_uint4(columns[w], columns[w + 1], columns[w + 2], columns[w + 3]);
     }
   }
+}
+
+// Where the scratch has the amax of a row or column of a tile.
+__device__ inline int64_t line_index(const CastTranspose& q, const Place& at, bool of_columns,
+                                     int i) {
+  return of_columns ? q.batch * q.rows + at.matrix * q.cols + at.first_col + i
+                    : at.matrix * q.rows + at.first_row + i;
 }
 
 // The inverses of the scales of a tile's rows, and then of its columns: a thread each. In tiles of
@@ -187,7 +237,7 @@ __device__ void split_inverses(const CastTranspose& q, const Walk& walk, const P
   int64_t index = line;
   if (q.block_cols == 0) {
     const uint32_t* const amaxes = q.known != nullptr ? q.known : q.scratch;
-    amax = amaxes[(of_columns ? q.batch * q.rows : 0) + line];
+    amax = __ldcg(amaxes + line_index(q, at, of_columns, i));  // Of atomics, maybe of this kernel.
     writes = (of_columns ? at.tile_row : at.tile_col) == 0;
   } else {
     const auto* found = reinterpret_cast<const Magnitude*>(memory) + i;

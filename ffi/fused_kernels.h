@@ -204,29 +204,6 @@ __device__ inline float combine_pack(Combine combine, Term term) {
   return terms[0];
 }
 
-// Reduces each of `count` values over `lanes` neighbours. A lane gets one of the results, that of
-// values[lane of the neighbours / (lanes / count)]: with halves exchanged at first, this takes
-// little more than reducing one. Each result is made in the same order, whatever `count` is.
-template <int lanes, int count, typename Combine>
-__device__ inline float lanes_combine(float (&values)[count], Combine combine) {
-  int bit = lanes / 2;
-#pragma unroll
-  for (int half = count / 2; half > 0; half /= 2, bit /= 2) {
-    const bool upper = threadIdx.x & bit;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float mine = upper ? values[half + i] : values[i];
-      const float other = upper ? values[i] : values[half + i];
-      values[i] = combine(mine, __shfl_xor_sync(0xffffffffu, other, bit));
-    }
-  }
-#pragma unroll
-  for (; bit > 0; bit /= 2) {
-    values[0] = combine(values[0], __shfl_xor_sync(0xffffffffu, values[0], bit));
-  }
-  return values[0];
-}
-
 // --- Sums and maxima over a row ---
 
 // A row is added up in one order, which follows from its length alone: each pack as a tree, the 32

@@ -131,6 +131,29 @@ __device__ inline uint32_t lanes_max(uint32_t value) {
   }
 }
 
+// Reduces each of `count` values over `lanes` neighbours. A lane gets one of the results, that of
+// values[lane of the neighbours / (lanes / count)]: with halves exchanged at first, this takes
+// little more than reducing one. Each result is made in the same order, whatever `count` is.
+template <int lanes, typename T, int count, typename Combine>
+__device__ inline T lanes_combine(T (&values)[count], Combine combine) {
+  int bit = lanes / 2;
+#pragma unroll
+  for (int half = count / 2; half > 0; half /= 2, bit /= 2) {
+    const bool upper = threadIdx.x & bit;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const T mine = upper ? values[half + i] : values[i];
+      const T other = upper ? values[i] : values[half + i];
+      values[i] = combine(mine, __shfl_xor_sync(0xffffffffu, other, bit));
+    }
+  }
+#pragma unroll
+  for (; bit > 0; bit /= 2) {
+    values[0] = combine(values[0], __shfl_xor_sync(0xffffffffu, values[0], bit));
+  }
+  return values[0];
+}
+
 // The maximum over the thread block, of whole warps along x, in every thread. All of them call.
 __device__ inline uint32_t block_max(uint32_t value) {
   __shared__ uint32_t warps[32];
