@@ -115,7 +115,7 @@ def _variants(m: int) -> list[str]:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _block_weights(seed: int, size: tuple[int, int], prepare: operands.Prepare) -> tuple[Any, ...]:
+def block_weights(seed: int, size: tuple[int, int], prepare: operands.Prepare) -> tuple[Any, ...]:
     """Of one block, with products of unit variance from inputs of unit variance."""
     width, hidden = size
     up = operands.normal(2 * seed, (2 * hidden, width)) * jnp.bfloat16(width**-0.5)
@@ -131,7 +131,7 @@ class _Blocks:
         self._made: dict[operands.Prepare, list[tuple[Any, ...]]] = {}
         for _, prepare, _ in VARIANTS.values():
             if prepare not in self._made:
-                self._made[prepare] = [_block_weights(i, size, prepare) for i in range(count)]
+                self._made[prepare] = [block_weights(i, size, prepare) for i in range(count)]
 
     def get(self, prepare: operands.Prepare) -> list[tuple[Any, ...]]:
         return self._made[prepare]

@@ -95,7 +95,7 @@ __device__ void store_turned(const CastTranspose& q, const Walk& walk, const Pla
   if (walk.turned_width == 16) {
     constexpr int kChunks = kEdge / 16;
 #pragma unroll
-    for (int i = threadIdx.x; i < kEdge * kChunks; i += threads) {
+    for (int i = at.thread; i < kEdge * kChunks; i += threads) {
       const int column = i / kChunks, row = i % kChunks * 16;
       if (column >= at.cols || row >= at.rows) continue;
       // Both halves are in the same 16 bytes, in one order or the other.
@@ -109,8 +109,8 @@ __device__ void store_turned(const CastTranspose& q, const Walk& walk, const Pla
   }
   const auto store_each = [&](auto unit) {
     using Unit = decltype(unit);
-    for (int column = threadIdx.x / 32; column < at.cols; column += threads / 32) {
-      for (int row = threadIdx.x % 32 * sizeof(Unit); row < at.rows; row += 32 * sizeof(Unit)) {
+    for (int column = at.thread / 32; column < at.cols; column += threads / 32) {
+      for (int row = at.thread % 32 * sizeof(Unit); row < at.rows; row += 32 * sizeof(Unit)) {
         *reinterpret_cast<Unit*>(target + column * q.rows + row) =
             *reinterpret_cast<const Unit*>(turned + turned_place(column, row));
       }

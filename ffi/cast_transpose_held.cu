@@ -15,14 +15,30 @@ namespace jax_fp8 {
 namespace {
 
 constexpr Type kIn = Type::kBF16;  // What models have: each type more takes room in the library.
-using Packs = Pack<kIn, kColumns>[Tile<kIn>::kRows];
+using P = Pack<kIn, kColumns>;
+using Packs = P[Tile<kIn>::kRows];
 constexpr int kThreads = Tile<kIn>::kThreads, kRows = Tile<kIn>::kRows;
 constexpr int kTileBytes = kEdge * kEdge * 2;
 
-extern __shared__ uint4 kept_tile[];  // Each thread has its own packs there.
+// Of more turns too little stays on the chip to make up for blocks that wait for each other.
+constexpr int kMostTurns = 4, kMostSplitTurns = 2;
 
-// Of how many tiles shared memory has the columns' amaxes, before they go to the scratch.
-constexpr int kTurns = kEdge * kEdge / (kEdge * sizeof(uint32_t));
+extern __shared__ uint4 kept_tile[];
+
+// A thread's own packs of a tile that is kept in shared memory.
+struct Kept {
+  int thread;
+  __device__ uint4* slot(int i) const { return kept_tile + i * kThreads + thread; }
+
+  __device__ void put(int i, const P& pack) const {
+    const auto& w = pack.words;
+    *slot(i) = make_uint4(w[0], w[1], w[2], w[3]);
+  }
+  __device__ P operator[](int i) const {
+    const uint4 w = *slot(i);
+    return {{w.x, w.y, w.z, w.w}};
+  }
+};
 
 // Adds a tile's amaxes: of rows to those in the scratch, of columns to `totals`, in an order of
 // which no bank is met twice. No warp waits for another.
@@ -46,28 +62,12 @@ __device__ void add_strips(const CastTranspose& q, const Place& at, const Packs&
   }
 }
 
-// The amaxes of columns to the scratch, of the turns from `first` on.
-template <typename PlaceOf>
-__device__ void flush_columns(const CastTranspose& q, const PlaceOf& place, int first, int turns,
-                              uint32_t* totals) {
-  __syncthreads();
-  for (int i = threadIdx.x; i < turns * kEdge; i += kThreads) {
-    const Place at = place(first + i / kEdge);
-    const int column = i % kThreadsARow * kColumns + i % kEdge / kThreadsARow;
-    if (at.rows > 0 && column < at.cols) {
-      atomicMax(q.scratch + line_index(q, at, true, column), magnitude_bits<kIn>(totals[i]));
-    }
-    totals[i] = 0;
-  }
-  __syncthreads();
-}
-
 // `split` and a tile's cast are as in cast_tile.
 template <Type out, bool split>
 __global__ void __launch_bounds__(kThreads, Tile<kIn>::kBlocks)
     held_kernel(const CastTranspose q, const Walk walk, bool keeps) {
   __shared__ alignas(16) uint8_t turned[kEdge * kEdge];
-  __shared__ alignas(16) float inverses[split ? 2 * kEdge : 1];
+  __shared__ alignas(16) float inverses[split ? kMostSplitTurns : 1][2 * kEdge];
   auto* const totals = reinterpret_cast<uint32_t*>(turned);
   const auto grid = cooperative_groups::this_grid();
   cooperative_groups::grid_group::arrival_token zeroed{};
@@ -77,41 +77,55 @@ __global__ void __launch_bounds__(kThreads, Tile<kIn>::kBlocks)
       q.scratch[i] = 0;
     }
     zeroed = grid.barrier_arrive();
-    for (int i = threadIdx.x; i < kTurns * kEdge; i += kThreads) totals[i] = 0;
+    for (int i = threadIdx.x; i < kMostSplitTurns * kEdge; i += kThreads) totals[i] = 0;
     __syncthreads();
   }
   const int turns = static_cast<int>((walk.tiles - 1 - blockIdx.x) / gridDim.x) + 1;
   const auto place = [&](int turn) {
-    return find_place(q, walk, kRows, blockIdx.x + static_cast<uint32_t>(turn) * gridDim.x);
+    // Unknown to the compiler, or it takes all that follows from it out of the loops over turns,
+    // for which there are no registers.
+    int thread = static_cast<int>(threadIdx.x);
+    asm volatile("" : "+r"(thread));
+    return find_place(q, walk, kRows, blockIdx.x + static_cast<uint32_t>(turn) * gridDim.x, thread);
   };
-  const auto kept = [&](int i) -> uint4& { return kept_tile[i * kThreads + threadIdx.x]; };
-
-  Packs packs;
   Amax<kIn> amax;
+  const int kept_turn = keeps ? turns - 2 : -1;
+  Packs packs;
   for (int turn = 0; turn < turns; ++turn) {
     const Place at = place(turn);
     load_tile<kIn, true>(q, at, packs);
     if constexpr (split) {
       if (turn == 0) grid.barrier_wait(std::move(zeroed));
-      add_strips(q, at, packs, totals + turn % kTurns * kEdge);
-      if (q.transposed_scale != nullptr && (turn % kTurns == kTurns - 1 || turn == turns - 1)) {
-        flush_columns(q, place, turn / kTurns * kTurns, turn % kTurns + 1, totals);
-      }
+      add_strips(q, at, packs, totals + turn * kEdge);
     } else {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) amax.take(packs[i]);
     }
-    if (keeps && turn == turns - 2) {
+    if (turn == kept_turn) {
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const auto& w = packs[i].words;
-        kept(i) = make_uint4(w[0], w[1], w[2], w[3]);
-      }
+      for (int i = 0; i < kRows; ++i) Kept{at.thread}.put(i, packs[i]);
     }
   }
   float inverse = 0.0f;
   if constexpr (split) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < turns * kEdge && q.transposed_scale != nullptr; i += kThreads) {
+      const Place at = place(i / kEdge);
+      const int column = i % kThreadsARow * kColumns + i % kEdge / kThreadsARow;
+      if (at.rows > 0 && column < at.cols) {
+        atomicMax(q.scratch + line_index(q, at, true, column), magnitude_bits<kIn>(totals[i]));
+      }
+    }
     grid.sync();
+    uint32_t amaxes[kMostSplitTurns];
+#pragma unroll
+    for (int turn = 0; turn < kMostSplitTurns; ++turn) {
+      amaxes[turn] = turn < turns ? known_amax(q, place(turn)) : 0;
+    }
+#pragma unroll
+    for (int turn = 0; turn < kMostSplitTurns; ++turn) {
+      if (turn < turns) split_inverses<out>(q, walk, place(turn), amaxes[turn], inverses[turn]);
+    }
   } else {
     const uint32_t own = block_max(amax.bits());
     if (threadIdx.x == 0) q.scratch[blockIdx.x] = own;
@@ -131,23 +145,17 @@ __global__ void __launch_bounds__(kThreads, Tile<kIn>::kBlocks)
   }
   for (int turn = turns - 1; turn >= 0; --turn) {
     const Place at = place(turn);
-    if (keeps && turn == turns - 2) {
+    if (turn == kept_turn) {
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const uint4 w = kept(i);
-        packs[i].words[0] = w.x, packs[i].words[1] = w.y;
-        packs[i].words[2] = w.z, packs[i].words[3] = w.w;
-      }
+      for (int i = 0; i < kRows; ++i) packs[i] = Kept{at.thread}[i];
     } else if (turn < turns - 1) {
       load_tile<kIn, true>(q, at, packs);
     }
-    if (at.rows <= 0) continue;
-    __syncthreads();  // The tile before has been stored.
-    if constexpr (split) {
-      split_inverses<kIn, out>(q, walk, at, turned, inverses);
-      __syncthreads();
+    __syncthreads();  // The tile before has been stored, and inverses are known.
+    if (at.rows > 0) {
+      cast_tile<kIn, out, split, true, false>(q, walk, at, packs, inverse,
+                                              inverses[split ? turn : 0], turned);
     }
-    cast_tile<kIn, out, split, true, false>(q, walk, at, packs, inverse, inverses, turned);
   }
 }
 
@@ -186,7 +194,9 @@ cudaError_t cast_held(const CastTranspose& q, cudaStream_t stream) {
   }
   keeps = keeps && keeping == blocks;  // More of them are worth more than what they keep.
   const auto most = static_cast<uint32_t>(std::min(blocks * sms, kMaxParts));
-  if (most == 0) return cudaErrorNotSupported;
+  // Nor do the two waits for rows and columns pay where there are few tiles.
+  const uint32_t least = split ? most / 2 : 1, turns = split ? kMostSplitTurns : kMostTurns;
+  if (walk.tiles < least || walk.tiles > turns * most) return cudaErrorNotSupported;
   CastTranspose copy = q;
   void* arguments[] = {&copy, &walk, &keeps};
   return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel),

@@ -51,6 +51,7 @@ struct Walk {
 struct Place {
   uint32_t tile_row, tile_col, entry;
   int64_t matrix, first_row, first_col;
+  int thread;      // threadIdx.x
   int row, col;    // In the tile.
   int rows, cols;  // That the tile has.
 };
@@ -86,7 +87,7 @@ inline bool loads_vectors(const CastTranspose& q) {
 }
 
 __device__ inline Place find_place(const CastTranspose& q, const Walk& walk, int rows_a_thread,
-                                   uint32_t index) {
+                                   uint32_t index, int thread) {
   const uint32_t tile = walk.reverse ? walk.tiles - 1 - index : index;
   const uint32_t band = walk.by_band.divide(tile), matrix = walk.by_matrix.divide(band);
   const uint32_t rest = tile - band * (walk.tile_cols << walk.shift);
@@ -97,8 +98,9 @@ __device__ inline Place find_place(const CastTranspose& q, const Walk& walk, int
   at.matrix = matrix;
   at.first_row = int64_t{at.tile_row} * kEdge;
   at.first_col = int64_t{at.tile_col} * kEdge;
-  at.row = threadIdx.x / kThreadsARow * rows_a_thread;
-  at.col = threadIdx.x % kThreadsARow * kColumns;
+  at.thread = thread;
+  at.row = thread / kThreadsARow * rows_a_thread;
+  at.col = thread % kThreadsARow * kColumns;
   at.rows = static_cast<int>(min(q.rows - at.first_row, int64_t{kEdge}));
   at.cols = static_cast<int>(min(q.cols - at.first_col, int64_t{kEdge}));
   return at;
@@ -218,43 +220,57 @@ __device__ inline int64_t line_index(const CastTranspose& q, const Place& at, bo
                     : at.matrix * q.rows + at.first_row + i;
 }
 
-// The inverses of the scales of a tile's rows, and then of its columns: a thread each. In tiles of
-// (1, 128), `memory` has what strip_amaxes left there.
-template <Type in, Type out>
-__device__ void split_inverses(const CastTranspose& q, const Walk& walk, const Place& at,
-                               const uint8_t* memory, float* inverses) {
+// A thread each has a row or, the second 128, a column of a tile.
+__device__ inline bool has_line(const CastTranspose& q, const Place& at) {
+  const bool of_columns = at.thread >= kEdge;
+  const int i = at.thread % kEdge;
+  return at.thread < 2 * kEdge && (of_columns ? q.transposed_scale != nullptr && i < at.cols
+                                              : q.straight_scale != nullptr && i < at.rows);
+}
+
+// The amax of its line, as was found before the cast; bits of a float.
+__device__ inline uint32_t known_amax(const CastTranspose& q, const Place& at) {
+  if (!has_line(q, at)) return 0;
+  const uint32_t* const amaxes = q.known != nullptr ? q.known : q.scratch;
+  // From L2: of atomics, maybe of this kernel.
+  return __ldcg(amaxes + line_index(q, at, at.thread >= kEdge, at.thread % kEdge));
+}
+
+// The amax of its line within the tile, of what strip_amaxes left in `memory`.
+template <Type in>
+__device__ uint32_t strip_amax(const uint8_t* memory) {
   using Magnitude = std::conditional_t<in == Type::kF32, uint32_t, uint16_t>;
   static_assert(Tile<in>::kThreads >= 2 * kEdge);
-  if (threadIdx.x >= 2 * kEdge) return;
-  const bool of_columns = threadIdx.x >= kEdge;
-  const int i = threadIdx.x % kEdge;
-  float* const scales = of_columns ? q.transposed_scale : q.straight_scale;
-  if (scales == nullptr || i >= (of_columns ? at.cols : at.rows)) return;
-  const int64_t lines = of_columns ? q.cols : q.rows;
-  const int64_t line = at.matrix * lines + (of_columns ? at.first_col : at.first_row) + i;
-  uint32_t amax;
-  bool writes = true;
-  int64_t index = line;
-  if (q.block_cols == 0) {
-    const uint32_t* const amaxes = q.known != nullptr ? q.known : q.scratch;
-    amax = __ldcg(amaxes + line_index(q, at, of_columns, i));  // Of atomics, maybe of this kernel.
-    writes = (of_columns ? at.tile_row : at.tile_col) == 0;
-  } else {
-    const auto* found = reinterpret_cast<const Magnitude*>(memory) + i;
-    uint32_t largest = found[0];
-    if (of_columns) {
-      largest = 0;
+  const auto* found = reinterpret_cast<const Magnitude*>(memory) + threadIdx.x % kEdge;
+  uint32_t largest = found[0];
+  if (threadIdx.x >= kEdge) {
+    largest = 0;
 #pragma unroll
-      for (int w = 1; w <= Tile<in>::kThreads / 32; ++w) {
-        largest = max(largest, uint32_t{found[w * kEdge]});
-      }
+    for (int w = 1; w <= Tile<in>::kThreads / 32; ++w) {
+      largest = max(largest, uint32_t{found[w * kEdge]});
     }
-    amax = magnitude_bits<in>(largest);
-    index = of_columns ? line * walk.tile_rows + at.tile_row : line * walk.tile_cols + at.tile_col;
   }
+  return magnitude_bits<in>(largest);
+}
+
+// The inverses of the scales of a tile's rows, and then of its columns, from each thread's amax.
+template <Type out>
+__device__ void split_inverses(const CastTranspose& q, const Walk& walk, const Place& at,
+                               uint32_t amax, float* inverses) {
+  if (!has_line(q, at)) return;
+  const bool of_columns = at.thread >= kEdge;
+  const int64_t lines = of_columns ? q.cols : q.rows;
+  const int64_t line =
+      at.matrix * lines + (of_columns ? at.first_col : at.first_row) + at.thread % kEdge;
   const float scale = dynamic_scale(__uint_as_float(amax), out, q.power_of_two);
-  if (writes) scales[index] = scale;
-  inverses[threadIdx.x] = inverse_scale(scale);
+  float* const scales = of_columns ? q.transposed_scale : q.straight_scale;
+  const uint32_t along = of_columns ? at.tile_row : at.tile_col;
+  if (q.block_cols != 0) {
+    scales[line * (of_columns ? walk.tile_rows : walk.tile_cols) + along] = scale;
+  } else if (along == 0) {
+    scales[line] = scale;
+  }
+  inverses[at.thread] = inverse_scale(scale);
 }
 
 }  // namespace jax_fp8

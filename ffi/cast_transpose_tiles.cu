@@ -12,15 +12,21 @@ __global__ void __launch_bounds__(Tile<in>::kThreads,
   constexpr int kRows = Tile<in>::kRows;
   __shared__ alignas(16) uint8_t turned[kEdge * kEdge];
   __shared__ alignas(16) float inverses[split ? 2 * kEdge : 1];
-  const Place at = find_place(q, walk, kRows, blockIdx.x);
+  const Place at = find_place(q, walk, kRows, blockIdx.x, static_cast<int>(threadIdx.x));
   if (at.rows <= 0) return;  // The last band of a matrix may have fewer rows.
   Pack<in, kColumns> packs[kRows];
   load_tile<in, vector>(q, at, packs);
   float inverse = 0.0f;
   if constexpr (split) {
-    if (q.block_cols != 0) strip_amaxes<in>(at, packs, turned);
-    __syncthreads();
-    split_inverses<in, out>(q, walk, at, turned, inverses);
+    uint32_t amax = 0;
+    if (q.block_cols == 0) {
+      amax = known_amax(q, at);
+    } else {
+      strip_amaxes<in>(at, packs, turned);
+      __syncthreads();
+      amax = strip_amax<in>(turned);
+    }
+    split_inverses<out>(q, walk, at, amax, inverses);
     __syncthreads();
   } else {
     inverse = shared_inverse<in, out>(q, walk, at, packs);

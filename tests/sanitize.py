@@ -98,6 +98,8 @@ def check_quantize(granularity):
 
 # Edges of tiles in vectors on either side; single bytes; words of four; more than a band of tiles.
 CAST_SHAPES = ((2, 130, 264), (144, 264), (2, 3, 131), (132, 61), (1300, 136))
+# Of more tiles than run at once, for scales that all of them wait for.
+MANY_TILES = (1700, 5384)
 KEY = np.array([1, 2], np.uint32)
 
 
@@ -107,6 +109,8 @@ def check_cast_transpose(granularity):
     variants = list(itertools.product(CAST_SHAPES, ref.WIDE, modes))
     formats = itertools.cycle(ref.FP8)
     variants = [(*variant, next(formats)) for variant in variants]
+    if granularity in ("tensor", "row"):
+        variants += [(MANY_TILES, ref.BF16, "dynamic", dtype) for dtype in ref.FP8]
     xs = [rng.standard_normal(shape).astype(wide) for shape, wide, _, _ in variants]
 
     @jax.jit
@@ -193,6 +197,8 @@ def check_known_amaxes():
 # Vector loads with whole and partial blocks; columns that leave packs partial; rows longer than a
 # thread block holds; and those that leave nothing over.
 FUSED_SHAPES = ((300, 264), (3, 131), (2, 16_520), (2, 16_384))
+# More rows than run at once, for a scale that all of them wait for.
+MANY_ROWS = (1300, 4096)
 
 
 def check_fused(producer):
@@ -201,6 +207,7 @@ def check_fused(producer):
     variants = list(itertools.product(FUSED_SHAPES, ref.WIDE, granularities, (False, True)))
     formats = itertools.cycle(ref.FP8)
     variants = [(*variant, next(formats)) for variant in variants]
+    variants.append((MANY_ROWS, ref.BF16, "tensor", False, jnp.float8_e4m3fn))
     inputs, norm = [], producer.endswith("norm")
     for shape, wide, granularity, static, _ in variants:
         columns = shape[1] * (2 if producer == "swiglu" else 1)

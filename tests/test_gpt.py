@@ -127,12 +127,22 @@ def test_a_recipe_is_of_the_blocks_alone(name):
         for path, node in nnx.iter_graph(gpt)
         if isinstance(node, nnx.Linear)
     }
-    kind = {"bf16": None, "flax_direct": peer.DirectDotGeneral}.get(name, jax_fp8.nnx.DotGeneral)
+    others = {"bf16": None, "bf16_again": None, "flax_direct": peer.DirectDotGeneral}
+    kind = others.get(name, jax_fp8.nnx.DotGeneral)
     for path, product in products.items():
         converted = issubclass(product, jax_fp8.nnx.DotGeneral | peer.DirectDotGeneral)
         assert converted == (kind is not None and path != "head")
         assert not converted or product is kind
     assert len(products) == 5
+
+
+def test_bf16_again_starts_from_weights_a_little_larger():
+    first, again = (
+        nnx.state(train.build(TINY, name), nnx.Param) for name in ("bf16", "bf16_again")
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=2.0**-21), first, again)
+    changed = jax.tree.map(lambda a, b: (a != b).mean(), first, again)
+    assert all(share > 0.9 for share in jax.tree.leaves(changed))
 
 
 def test_share_of_the_dense_layers():

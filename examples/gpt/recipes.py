@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 from flax import nnx
 
 import jax_fp8.nnx
 from gpt import peer
 
-#: What is no recipe: the model as it is, and with flax's own FP8.
-BF16, FLAX = "bf16", "flax_direct"
+#: What is no recipe: the model as it is, once more from weights a little larger, and with flax's
+#: own FP8.
+BF16, BF16_AGAIN, FLAX = "bf16", "bf16_again", "flax_direct"
+#: How much larger: a bit of float32, or two. Where two trainings end that differ in this alone says
+#: which differences between recipes mean something.
+A_LITTLE = 1 + 2.0**-22
 #: Name in the results -> what ``jax_fp8.named_recipe`` takes.
 OPTIONS: dict[str, dict[str, Any]] = {
     **{name: {"name": name} for name in ("rowwise", "tensorwise", "blockwise", "delayed")},
@@ -20,9 +25,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rowwise_e5m2": {"name": "rowwise", "gradient_dtype": "float8_e5m2"},
     "rowwise_wide_wgrad": {"name": "rowwise", "wide_wgrad": True},
 }
-NAMES = (BF16, *OPTIONS, FLAX)
+NAMES = (BF16, BF16_AGAIN, *OPTIONS, FLAX)
 #: Those that are trained if none are named.
-DEFAULT = (BF16, "rowwise", "tensorwise", "blockwise", "delayed", "static", FLAX)
+DEFAULT = (BF16, BF16_AGAIN, "rowwise", "tensorwise", "blockwise", "delayed", "static", FLAX)
 #: Steps. Activations grow as a model learns, and static scales know of it by calibration alone.
 CALIBRATED_EVERY = 50
 
@@ -30,6 +35,9 @@ CALIBRATED_EVERY = 50
 def convert(model: Any, name: str) -> Any:
     """The model with its dense layers in FP8; ``nnx.convert`` leaves embedding and head wide."""
     if name == BF16:
+        return model
+    if name == BF16_AGAIN:
+        nnx.update(model, jax.tree.map(lambda x: A_LITTLE * x, nnx.state(model, nnx.Param)))
         return model
     if name == FLAX:
         return peer.convert(model)

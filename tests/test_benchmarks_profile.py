@@ -1,0 +1,49 @@
+"""Where the time goes: names of kernels, and what their events add up to."""
+
+import pathlib
+import sys
+
+import pytest
+
+pytest.importorskip("tqdm")
+sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
+
+from benchmarks import profile
+
+
+@pytest.mark.parametrize(
+    "name, short",
+    [
+        ("void jax_fp8::(anonymous namespace)::gemv_kernel<(Type)1, 2>(Product)", "gemv_kernel"),
+        ("nvjet_sm90_qqtst_64x8_64x16_4x1_v_bz_TNT", "nvjet_sm90_qqtst_64x8_64x16_4x1_v_bz_TNT"),
+        ("loop_add_fusion_3", "loop_add_fusion_3"),
+        ("a::b::zero_kernel(unsigned int*, long)", "zero_kernel"),
+    ],
+)
+def test_names_are_short(name, short):
+    assert profile.short_name(name) == short
+
+
+def test_events_add_up():
+    # Two units in each profiled run.
+    events = [("void a::one<1>(int)", 3.0), ("void a::one<2>(int)", 1.0)] * profile.PROFILED
+    events += [("two", 0.5)] * 2 * profile.PROFILED
+    first, second = profile.kernels(events, 2)
+    assert first == {"name": "one", "calls": 1.0, "us": 2.0 * profile.PROFILED}
+    assert second == {"name": "two", "calls": 1.0, "us": 0.5 * profile.PROFILED}
+
+
+def test_what_no_kernel_takes_is_between_them():
+    kernels = [{"name": "one", "calls": 2.0, "us": 6.0}, {"name": "few", "calls": 1.0, "us": 0.05}]
+    row = {"work": "w", "variant": "v", "us": 10.0, "reading_us": 4.0, "kernels": kernels}
+    cells = [
+        [cell.strip() for cell in line.split("|")[3:6]]
+        for line in profile.table([row]).splitlines()
+        if "| w |" in line or "w |" in line.split("v")[0]
+    ]
+    found = {name: us for name, _, us in cells}
+    assert found["all"] == "10"
+    assert found["reading"] == "4"
+    assert found["`one`"] == "6"
+    assert found["others"] == "0.05"
+    assert found["between"] == "3.95"
