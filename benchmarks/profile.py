@@ -144,21 +144,24 @@ def _measure(work: Work) -> Row:
         start = time.perf_counter()
         jax.block_until_ready(work.run())
         host_us = 1e6 * (time.perf_counter() - start)
-    found = kernels(_profile(work), work.units) if timing.on_gpu() else []
-    us = sum(kernel["us"] for kernel in found) if found else host_us / work.units
-    return {"us": us, "kernels": found}
+    if not timing.on_gpu():
+        return {"us": host_us / work.units, "kernels": []}
+    found = kernels(profiled(work.run), work.units)
+    if not found:
+        raise RuntimeError("the profiler saw no kernel")
+    return {"us": sum(kernel["us"] for kernel in found), "kernels": found}
 
 
-def _profile(work: Work) -> list[Event]:
-    """All that ran on the GPU in PROFILED runs, as if it were one."""
+def profiled(run: Callable[[], Any]) -> list[Event]:
+    """All that ran on the GPU in PROFILED runs."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(PROFILED):
-                jax.block_until_ready(work.run())
+                jax.block_until_ready(run())
         (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
         planes = jax.profiler.ProfileData.from_file(path).planes
         return [
-            (event.name, event.duration_ns * 1e-3 / PROFILED)
+            (event.name, event.duration_ns * 1e-3)
             for plane in planes
             if "GPU" in plane.name
             for line in plane.lines
@@ -168,13 +171,14 @@ def _profile(work: Work) -> list[Event]:
 
 
 def kernels(events: Iterable[Event], units: int) -> list[Row]:
-    """Events by the short names of their kernels, for each unit; the longest first."""
+    """Events by the short names of their kernels, for each unit of a run; the longest first."""
     calls, us = Counter[str](), Counter[str]()
     for name, duration in events:
         calls[short_name(name)] += 1
         us[short_name(name)] += duration
+    all_units = PROFILED * units
     return [
-        {"name": name, "calls": calls[name] / (PROFILED * units), "us": total / units}
+        {"name": name, "calls": calls[name] / all_units, "us": total / all_units}
         for name, total in us.most_common()
     ]
 

@@ -40,8 +40,8 @@ struct Kept {
   }
 };
 
-// Adds a tile's amaxes: of rows to those in the scratch, of columns to `totals`, in an order of
-// which no bank is met twice. No warp waits for another.
+// Adds a tile's amaxes: of rows to those in the scratch, of columns to `totals`, in an order in
+// which the threads of half a warp lie side by side. No warp waits for another.
 __device__ void add_strips(const CastTranspose& q, const Place& at, const Packs& packs,
                            uint32_t* totals) {
   const Strips<kIn> found(packs);
@@ -169,13 +169,15 @@ cudaError_t resident(Kernel kernel, int bytes, int* blocks) {
 }  // namespace
 
 cudaError_t cast_held(const CastTranspose& q, cudaStream_t stream) {
-  const bool split = has_row_scales(q);
-  if (q.x_type != kIn || q.keys != nullptr || !loads_vectors(q) || (!split && q.entries != 1)) {
+  // Each kernel takes room in the library: E5M2 is what gradients have, with tensor scales.
+  const bool split = has_row_scales(q), e4m3 = q.data_type == Type::kE4M3;
+  if (q.x_type != kIn || q.keys != nullptr || !loads_vectors(q) ||
+      (split ? !e4m3 : q.entries != 1)) {
     return cudaErrorNotSupported;
   }
-  const Kernel kernels[2][2] = {{held_kernel<Type::kE4M3, false>, held_kernel<Type::kE4M3, true>},
-                                {held_kernel<Type::kE5M2, false>, held_kernel<Type::kE5M2, true>}};
-  const Kernel kernel = kernels[q.data_type == Type::kE4M3 ? 0 : 1][split ? 1 : 0];
+  const Kernel kernel = split  ? held_kernel<Type::kE4M3, true>
+                        : e4m3 ? held_kernel<Type::kE4M3, false>
+                               : held_kernel<Type::kE5M2, false>;
   int sms = 0, room = 0, blocks = 0, keeping = 0;
   cudaError_t error = device_attribute(cudaDevAttrMultiProcessorCount, &sms);
   if (error == cudaSuccess) {
@@ -185,18 +187,17 @@ cudaError_t cast_held(const CastTranspose& q, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   Walk walk = walk_of(q, 0);
   walk.reverse = false;
-  bool keeps = walk.tiles > static_cast<uint32_t>(blocks * sms);
-  if (keeps && room >= kTileBytes + kEdge * kEdge + 4096) {
+  const auto most = static_cast<uint32_t>(std::min(blocks * sms, kMaxParts));
+  // Nor do the two waits for rows and columns pay where there are few tiles.
+  const uint32_t least = split ? most / 2 : 1, turns = split ? kMostSplitTurns : kMostTurns;
+  if (walk.tiles < least || walk.tiles > turns * most) return cudaErrorNotSupported;
+  if (walk.tiles > most && room >= kTileBytes + kEdge * kEdge + 4096) {
     // The same for all calls, which several threads may make at once.
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kTileBytes);
     if (error == cudaSuccess) error = resident(kernel, kTileBytes, &keeping);
     if (error != cudaSuccess) return error;
   }
-  keeps = keeps && keeping == blocks;  // More of them are worth more than what they keep.
-  const auto most = static_cast<uint32_t>(std::min(blocks * sms, kMaxParts));
-  // Nor do the two waits for rows and columns pay where there are few tiles.
-  const uint32_t least = split ? most / 2 : 1, turns = split ? kMostSplitTurns : kMostTurns;
-  if (walk.tiles < least || walk.tiles > turns * most) return cudaErrorNotSupported;
+  bool keeps = keeping == blocks;  // More of them are worth more than what they keep.
   CastTranspose copy = q;
   void* arguments[] = {&copy, &walk, &keeps};
   return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel),

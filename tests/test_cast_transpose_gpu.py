@@ -4,6 +4,8 @@ Small arrays are held to numpy in test_cast_transpose_values.py, and so is the d
 """
 
 import functools
+import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -60,8 +62,8 @@ def check(x, granularity, dtype=ref.E4M3, scale=None, key=None, power_of_two=Fal
     assert bool(finite)
 
 
-# More tiles than run at once on an H100 or H200, twice to four times over: of dynamic scales some
-# stay on the chip, others are read again.
+# More tiles than run at once on an H100 or H200, 1.5 to 3.5 times as many: of dynamic scales some
+# stay on the chip, others are read again; with rows and columns the first two are one launch.
 MANY_TILES = [(3001, 4104), (4, 1000, 4104), (3, 1100, 5128), (7000, 4104)]
 # Whole tiles; edges of tiles whose rows or columns, or neither, can be stored 16 bytes at once; one
 # band of tiles and more, a band of each number of rows; a batch; hardly more than a line.
@@ -95,6 +97,38 @@ def test_shapes(wide, shape, granularity):
     check(x, granularity, ref.E5M2, power_of_two=True)
     if granularity == "tensor":
         check(x, granularity, scale=jnp.float32(0.01))
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize("straight", [True, False])
+def test_one_launch_of_two_turns(straight, granularity):
+    # 9 rows of tiles, in bands of two: a band of each matrix has tiles without rows.
+    x = heavy(6, (3, 1100, 4104), ref.BF16)
+
+    def cast(name):
+        return jax_fp8.cast_transpose(
+            x,
+            granularity=granularity,
+            straight=straight,
+            power_of_two=True,
+            implementation=name,
+        )
+
+    ref.assert_same_trees(cast("kernel"), cast("xla"))
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_what_stays_on_the_chip_is_one_kernel(granularity):
+    pytest.importorskip("tqdm")
+    sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
+    from benchmarks import profile
+
+    tiles = 3 * jax.devices()[0].core_count  # Of which all run at once.
+    x = heavy(7, (128 * tiles, 128), ref.BF16)
+    cast = jax.jit(functools.partial(jax_fp8.cast_transpose, granularity=granularity))
+    jax.block_until_ready(cast(x))
+    found = profile.kernels(profile.profiled(lambda: cast(x)), 1)
+    assert [(kernel["name"], kernel["calls"]) for kernel in found] == [("held_kernel", 1.0)]
 
 
 @granularities
@@ -152,6 +186,7 @@ def test_the_largest_value_is_found_wherever_it_is(shape, where):
 
 def test_one_chain_many_times_gives_the_same_bits():
     xs = [heavy(seed, (1000, 1000 + 8 * seed), ref.BF16) for seed in range(4)]
+    xs.append(heavy(4, MANY_TILES[0], ref.BF16))
 
     @jax.jit
     def run(xs):
