@@ -57,7 +57,7 @@ def _blocks(m: int, variant: str, size: tuple[int, int], units: int) -> Work:
 
 
 def _steps(model: Any, batch: int, steps: int) -> Work:
-    """A decoder's steps, each a program of its own, as when text is written."""
+    """A decoder's steps, each a program of its own, and the zeros that their cache starts from."""
     step = decoder.stepper(model, batch, steps)
     read = decoder.read_bytes(model)
     return Work(lambda: step()[0], steps, read)
