@@ -1,10 +1,9 @@
-#include <cudaTypedefs.h>
-
 #include <algorithm>
 #include <iterator>
 
 #include "ffi/decode_hopper.h"
 #include "ffi/decode_hopper_kernel.h"
+#include "ffi/tensor_map.h"
 
 namespace jax_fp8 {
 namespace {
@@ -13,46 +12,6 @@ using hopper::kDepth;
 using hopper::Maps;
 using hopper::Shape;
 using hopper::Tiles;
-
-// The driver's function, found at run time, since the module must load where there is no driver.
-PFN_cuTensorMapEncodeTiled_v12000 find_encode() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
-                                                             12000, cudaEnableDefault, &found);
-  if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) return nullptr;
-  return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
-}
-
-CUtensorMapDataType map_type(Type type) {
-  switch (type) {
-    case Type::kBF16:
-      return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    case Type::kF16:
-      return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-    default:
-      return CU_TENSOR_MAP_DATA_TYPE_UINT8;
-  }
-}
-
-// Describes (batch, rows, columns), to be copied in boxes. What lies outside reads as zeros.
-bool encode_map(CUtensorMap* map, const void* data, Type type, int64_t batch, int64_t rows,
-                int64_t columns, int box_rows, int box_columns) {
-  static const auto encode = find_encode();
-  if (encode == nullptr) return false;
-  const auto width = static_cast<uint64_t>(byte_width(type));
-  const cuuint64_t dims[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
-                             static_cast<cuuint64_t>(batch)};
-  const cuuint64_t strides[] = {dims[0] * width, dims[0] * dims[1] * width};
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows),
-                            1};
-  const cuuint32_t steps[] = {1, 1, 1};
-  const auto swizzle =
-      box_columns * width == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
-  return encode(map, map_type(type), 3, const_cast<void*>(data), dims, strides, box, steps,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
 
 template <Type w_type, Type x_type, class S>
 cudaError_t launch(const Product& p, int cluster, int multiprocessors, cudaStream_t stream) {
@@ -136,15 +95,6 @@ cudaError_t launch(const Product& p, const Plan& plan, int multiprocessors, cuda
              : launch<Type::kE5M2, Type::kF16>(p, plan, multiprocessors, stream);
 }
 
-// A call can pretend a capability, but there is no code for other devices than these.
-bool is_hopper() {
-  int device, major, minor;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-         major == 9 && minor == 0;
-}
-
 }  // namespace
 
 bool decode_hopper_supports(const Product& p, int capability) {
@@ -154,7 +104,7 @@ bool decode_hopper_supports(const Product& p, int capability) {
   const bool fits = p.x.wide() && !p.w.per_block() && wide_d && p.k > 0 && p.k % 16 == 0 &&
                     aligned(p.x.data) && aligned(p.w.data) && std::max({p.m, p.n, p.k}) < kMost &&
                     ceil_div(p.m, 32) * ceil_div(p.n, 64) < kMost / p.batch;
-  return capability == 90 && fits && is_hopper();
+  return capability == 90 && fits && hopper::is_device();
 }
 
 cudaError_t decode_hopper(const Product& p, cudaStream_t stream) {

@@ -188,7 +188,7 @@ xffi::Error run_on_cuda(cudaStream_t stream, int32_t ordinal, const Arguments& a
     const bool is_named = a.implementation == "kernel";
     if (reason.empty() && (is_named || capability / 10 == 9)) {  // Where it was measured.
       note_fused(p, "cuda", "gemv");
-      return from_cuda(kName, small_m_matmul(p, stream));
+      return from_cuda(kName, small_m_matmul(p, capability, stream));
     }
     if (is_named) {
       return xffi::Error(xffi::ErrorCode::kUnimplemented,

@@ -79,11 +79,9 @@ __device__ void multiply_x(const Product& p, int thread, float (&warp_squares)[r
 // - Norm: a block has all of X in shared memory, times the norm's weight, before the first of W has
 //   come; the rows' RMS are needed at the end of a tile.
 // - SwiGLU: one half of a tile are gates, the other half the values that go with them.
-template <Type x_kind, bool e4m3, int columns, Around around>
+template <Type x_type, bool e4m3, int columns, Around around>
 __global__ void __launch_bounds__(kThreads, kBlocks) gemv_kernel(Product p, int tiles) {
 #if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
-  constexpr Type mma = x_kind == Type::kBF16 ? Type::kBF16 : Type::kF16;
-  constexpr int x_width = x_kind == Type::kE4M3 ? 1 : 2;
   constexpr int kRound = 128 * kWarps;         // Codes of a row that all warps take at once.
   constexpr int depth = columns == 1 ? 2 : 1;  // Rounds on their way; registers suffice for these.
   constexpr bool norm = around == Around::kNorm || around == Around::kNormSwiglu;
@@ -98,21 +96,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks) gemv_kernel(Product p, int 
   const int d_size = static_cast<int>(p.d_columns());
   const int second_half = swiglu ? d_size : kTileRows / 2;  // Rows from the first to the second.
   const Type w_type = e4m3 ? Type::kE4M3 : p.w.type;
-  const Type x_type = e4m3 ? Type::kE4M3 : p.x.type;
   const int column = warp * 128 + lane % 8 * 16, own_row = lane / 8;
   const int rounds = (k_size + kRound * depth - 1) / (kRound * depth) * depth;
   const int tile_step = static_cast<int>(gridDim.x) * tile_rows;
   [[maybe_unused]] const int swapped = lane % 8 / 4;  // place_of
-  const uint8_t* const x = p.x.data + (int64_t{b} * m_size + own_row) * k_size * x_width;
+  const uint8_t* const x = p.x.data + (int64_t{b} * m_size + own_row) * k_size * 2;
 
   const uint64_t policy = policy_read_once();
   int fetch_n = static_cast<int>(blockIdx.x) * tile_rows + own_row, fetch_k = column;
   const uint8_t* w = p.w.data + (b * p.n + fetch_n) * k_size;
   if constexpr (norm) copy_x(p, thread);  // Ahead of W, whose queue is long.
-  // For X in 16 bits there are no registers to ask for it as early as for W.
-  constexpr bool x_early = x_width == 1;
-  uint4 w_ring[depth][2 * kFragments], x_ring[depth][columns][x_width];
-  const auto load_x = [&](uint4(&values)[columns][x_width], int k) {
+  uint4 w_ring[depth][2 * kFragments];
+  const auto load_x = [&](uint4(&values)[columns][2], int k) {
 #pragma unroll
     for (int c = 0; c < columns; ++c) {
       const bool exists = own_row + 4 * c < m_size && k < k_size;
@@ -121,9 +116,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) gemv_kernel(Product p, int 
         values[c][0] = exists ? source[swapped] : uint4{};
         values[c][1] = exists ? source[swapped ^ 1] : uint4{};
       } else {
-        const uint8_t* const source = x + (4 * c * int64_t{k_size} + k) * x_width;
+        const uint8_t* const source = x + (4 * c * int64_t{k_size} + k) * 2;
 #pragma unroll
-        for (int i = 0; i < x_width; ++i) {
+        for (int i = 0; i < 2; ++i) {
           values[c][i] = exists ? load_often(source + 16 * i) : uint4{};
         }
       }
@@ -138,7 +133,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks) gemv_kernel(Product p, int 
               ? load_once(w + (half * second_half + n) * int64_t{k_size} + fetch_k, policy)
               : uint4{};
     }
-    if constexpr (x_early) load_x(x_ring[slot], fetch_k);
     fetch_k += kRound;
     if (fetch_k == column + rounds * kRound) {
       fetch_k = column;
@@ -182,27 +176,23 @@ __global__ void __launch_bounds__(kThreads, kBlocks) gemv_kernel(Product p, int 
 #pragma unroll
       for (int d = 0; d < depth; ++d) {
         const uint4(&codes)[2 * kFragments] = w_ring[d];
-        uint4(&x_values)[columns][x_width] = x_ring[d];
-        if constexpr (!x_early) load_x(x_values, column + (round + d) * kRound);
+        uint4 x_values[columns][2];  // No registers are left to ask for it as early as for W.
+        load_x(x_values, column + (round + d) * kRound);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           uint2 values[columns];
 #pragma unroll
           for (int c = 0; c < columns; ++c) {
-            if constexpr (x_width == 1) {
-              values[c] = decode_to_f16(word_of(x_values[c][0], i), x_type);
-            } else {
-              const uint4 v = x_values[c][i / 2];
-              values[c] = {word_of(v, i % 2 * 2), word_of(v, i % 2 * 2 + 1)};
-            }
+            const uint4 v = x_values[c][i / 2];
+            values[c] = {word_of(v, i % 2 * 2), word_of(v, i % 2 * 2 + 1)};
           }
 #pragma unroll
           for (int f = 0; f < kFragments; ++f) {
-            const uint2 upper = decode_to<mma>(word_of(codes[2 * f], i), w_type);
-            const uint2 lower = decode_to<mma>(word_of(codes[2 * f + 1], i), w_type);
+            const uint2 upper = decode_to<x_type>(word_of(codes[2 * f], i), w_type);
+            const uint2 lower = decode_to<x_type>(word_of(codes[2 * f + 1], i), w_type);
             const uint32_t a[4] = {upper.x, lower.x, upper.y, lower.y};
 #pragma unroll
-            for (int c = 0; c < columns; ++c) multiply_add<mma>(sums[f][c], a, values[c]);
+            for (int c = 0; c < columns; ++c) multiply_add<x_type>(sums[f][c], a, values[c]);
           }
         }
         fetch(d);
@@ -256,8 +246,8 @@ bool gemv_takes_norm(const Product& p) {
 }
 
 cudaError_t gemv(const Product& p, int processors, cudaStream_t stream) {
-  const auto launch = [&](auto x_kind, auto e4m3, auto columns, auto around) {
-    const auto kernel = gemv_kernel<decltype(x_kind)::value, decltype(e4m3)::value,
+  const auto launch = [&](auto x_type, auto e4m3, auto columns, auto around) {
+    const auto kernel = gemv_kernel<decltype(x_type)::value, decltype(e4m3)::value,
                                     decltype(columns)::value, decltype(around)::value>;
     const int bytes = p.norm_weight == nullptr ? 0 : static_cast<int>((p.m + 1) * p.k * 2);
     if (bytes > 0) {  // The same for all calls, which several threads may make at once.
@@ -271,9 +261,9 @@ cudaError_t gemv(const Product& p, int processors, cudaStream_t stream) {
     kernel<<<grid, kThreads, bytes, stream>>>(p, static_cast<int>(tiles));
     return cudaGetLastError();
   };
-  const auto launch_for_m = [&](auto x_kind, auto e4m3, auto around) {
-    if (p.m <= 4) return launch(x_kind, e4m3, std::integral_constant<int, 1>(), around);
-    return launch(x_kind, e4m3, std::integral_constant<int, 2>(), around);
+  const auto launch_for_m = [&](auto x_type, auto e4m3, auto around) {
+    if (p.m <= 4) return launch(x_type, e4m3, std::integral_constant<int, 1>(), around);
+    return launch(x_type, e4m3, std::integral_constant<int, 2>(), around);
   };
   using None = std::integral_constant<Around, Around::kNone>;
   using Bf16 = std::integral_constant<Type, Type::kBF16>;
@@ -290,16 +280,12 @@ cudaError_t gemv(const Product& p, int processors, cudaStream_t stream) {
   if (p.residual != nullptr) {
     return launch_around(std::integral_constant<Around, Around::kResidual>());
   }
-  // Where all that is FP8 is E4M3; else each decoding asks for the format, which takes time.
   const auto launch_for = [&](auto e4m3) {
     if (p.x.type == Type::kBF16) return launch_for_m(Bf16(), e4m3, None());
-    if (p.x.type == Type::kF16) {
-      return launch_for_m(std::integral_constant<Type, Type::kF16>(), e4m3, None());
-    }
-    return launch_for_m(std::integral_constant<Type, Type::kE4M3>(), e4m3, None());
+    return launch_for_m(std::integral_constant<Type, Type::kF16>(), e4m3, None());
   };
-  const bool e4m3 = p.w.type == Type::kE4M3 && p.x.type != Type::kE5M2;
-  return e4m3 ? launch_for(std::true_type()) : launch_for(std::false_type());
+  // With E5M2, each decoding asks for the format, which takes time.
+  return p.w.type == Type::kE4M3 ? launch_for(std::true_type()) : launch_for(std::false_type());
 }
 
 }  // namespace jax_fp8

@@ -217,7 +217,7 @@ xffi::Error run_on_cuda(Stage stage, cudaStream_t stream, int32_t ordinal, const
         const cudaError_t error = clear_amax();
         if (error != cudaSuccess) return from_cuda(kName, error);
         note_product(p, "cuda", "small_m");
-        return from_cuda(kName, small_m_matmul(p, stream));
+        return from_cuda(kName, small_m_matmul(p, call.capability, stream));
       }
     }
     const bool try_cublaslt = any && call.capability >= 89 && !p.x.wide();

@@ -5,6 +5,8 @@
 #include "ffi/gemv.h"
 #include "ffi/small_m.h"
 #include "ffi/small_m_device.h"
+#include "ffi/small_m_hopper.h"
+#include "ffi/tensor_map.h"
 
 namespace jax_fp8 {
 namespace {
@@ -230,29 +232,6 @@ __global__ void __launch_bounds__(S::kThreads)
 
 // --- The launch ----------------------------------------------------------------------------------
 
-// Describes (batch, rows, columns) bytes for copies of boxes of 128 columns; zeros lie outside.
-cudaError_t describe_boxes(CUtensorMap* map, const void* data, int64_t columns, int64_t rows,
-                           int64_t batch, int box_rows) {
-  // By its address, as nothing here links the driver.
-  static const auto encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
-                                     &found);
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-  }();
-  if (encode == nullptr) return cudaErrorCallRequiresNewerDriver;
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
-                              static_cast<cuuint64_t>(batch)};
-  const cuuint64_t strides[] = {sizes[0], sizes[0] * sizes[1]};
-  const cuuint32_t box[] = {128, static_cast<cuuint32_t>(box_rows), 1}, steps[] = {1, 1, 1};
-  const CUresult result =
-      encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void*>(data), sizes, strides, box,
-             steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
 struct Device {
   int processors, memory, reserved;  // Shared memory of a multiprocessor, and lost for each block.
 
@@ -296,11 +275,12 @@ cudaError_t launch(const Product& p, const Device& device, cudaStream_t stream) 
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
 
-  CUtensorMap w_map, x_map;
-  error = describe_boxes(&w_map, p.w.data, p.k, p.n, p.batch, S::kTileRows);
-  if (error != cudaSuccess) return error;
-  error = describe_boxes(&x_map, p.x.data, p.k * S::kXWidth, p.m, p.batch, 8 * S::kTokens);
-  if (error != cudaSuccess) return error;
+  CUtensorMap w_map, x_map;  // Of bytes.
+  if (!encode_map(&w_map, p.w.data, Type::kE4M3, p.batch, p.n, p.k, S::kTileRows, 128) ||
+      !encode_map(&x_map, p.x.data, Type::kE4M3, p.batch, p.m, p.k * S::kXWidth, 8 * S::kTokens,
+                  128)) {
+    return cudaErrorInvalidValue;
+  }
   const dim3 grid(static_cast<unsigned>(std::min(tiles, blocks)), static_cast<unsigned>(p.batch));
   kernel<<<grid, S::kThreads, bytes, stream>>>(p, plan, w_map, x_map);
   return cudaGetLastError();
@@ -341,17 +321,17 @@ bool small_m_wins(const Product& p, int capability) {
   // activations takes 39 us for 64 x 28672 x 4096 (here 84), but 16 for 16 x 4096 x 4096 (here 9).
   if (!is_fp8(p.x.type)) return p.m <= 16 || p.n <= 8192;
   if (p.x.type == Type::kE5M2 && p.w.type == Type::kE5M2) return true;
-  // Both products of an MLP take 62 us for one row, with cublasLt's best 66, with tensor as with
-  // row scales; for a mixture of both one more kernel has to spread the tensor's. Short rows are
-  // not enough for all of its warps.
-  return p.m <= kGemvM && p.k >= 1024;
+  // With tensor as with row scales; for a mixture of both cublasLt needs one more kernel, to spread
+  // the tensor's. Short rows are not enough for all of its groups.
+  return p.k >= 1024 && small_m_hopper_supports(p, capability);
 }
 
-cudaError_t small_m_matmul(const Product& p, cudaStream_t stream) {
+cudaError_t small_m_matmul(const Product& p, int capability, cudaStream_t stream) {
+  if (small_m_hopper_supports(p, capability)) return small_m_hopper(p, stream);
   Device device;
   const cudaError_t error = device.query();
   if (error != cudaSuccess) return error;
-  if (p.m <= kGemvM) return gemv(p, device.processors, stream);
+  if (p.m <= kGemvM && p.x.wide()) return gemv(p, device.processors, stream);
   const auto launch_for = [&](auto e4m3) {
     constexpr bool known = decltype(e4m3)::value;
     if (p.x.type == Type::kBF16) return launch_for_m<Type::kBF16, known>(p, device, stream);

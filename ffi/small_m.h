@@ -1,7 +1,7 @@
 // The product for few rows of X (M <= 64), where its time is that of reading W once: W streams from
 // memory through a ring of asynchronous copies that each warp keeps for itself, and is decoded in
-// registers on its way to the 16-bit tensor cores. For up to eight rows gemv.h takes over. X is
-// FP8, or bfloat16 or float16.
+// registers on its way to the 16-bit tensor cores. X is FP8, or bfloat16 or float16. For up to 16
+// rows of E4M3 on Hopper small_m_hopper.h takes over, for up to eight of 16 bits gemv.h.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -20,6 +20,6 @@ std::string small_m_refusal(const Product& product, int capability);
 bool small_m_wins(const Product& product, int capability);
 
 // `p.x.data` are 16-bit elements where `p.x.type` says so.
-cudaError_t small_m_matmul(const Product& product, cudaStream_t stream);
+cudaError_t small_m_matmul(const Product& product, int capability, cudaStream_t stream);
 
 }  // namespace jax_fp8

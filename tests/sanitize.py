@@ -30,7 +30,8 @@ LARGEST_TENSOR = (3000, 4100)  # For which a thread's registers are too few.
 PRODUCT_SHAPES = ((130, 136, 272), (33, 21, 45))  # M, N, K
 SMALL_M_SHAPES = (
     *((1, 136, 272), (7, 40, 1040), (16, 40, 1040), (20, 21, 16), (64, 50, 144)),
-    *((3, 8500, 144), (17, 8500, 144)),  # Three tiles for some blocks.
+    *((3, 8500, 144), (12, 8500, 144), (17, 8500, 144)),  # Three tiles for some blocks.
+    *((2, 40, 27664), (9, 2200, 16400), (16, 40, 20496)),  # On Hopper, a cluster's.
 )
 AROUND_SHAPES = ((1, 136, 272), (3, 8500, 144), (7, 40, 1040))
 # Ragged, and then such as take tiles of other sizes in the Hopper kernel.

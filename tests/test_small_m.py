@@ -58,11 +58,28 @@ def test_x_that_does_not_stay_on_the_chip(rng, m, n, k):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 8, 9, 16])
+@pytest.mark.parametrize(
+    "n, k",
+    [(70, 14336), (70, 16400), (4300, 20496), (40, 28672), (9000, 1040), (32, 31744), (32, 31760)],
+    ids=str,
+)
+def test_shapes_that_a_cluster_shares(rng, m, n, k):
+    """On Hopper: X in the shared memory of one block, of two and of four, and more than that."""
+    x, w = operand(rng, (m, k), granularity="row"), operand(rng, (n, k), granularity="row")
+    check(x, w)
+    x, w = integers(rng, (m, k)), integers(rng, (n, k))
+    got = jax_fp8.scaled_matmul(x, w, **F32_OUT)
+    np.testing.assert_array_equal(got, ref.product(x, w)[0].astype(np.float32))
+
+
+@pytest.mark.gpu
 @granularities
 @pytest.mark.parametrize("m", [1, 12, 20, 50])
-def test_batches(rng, m, granularities):
+@pytest.mark.parametrize("w_dtype", ref.FP8, ids=pair_id)
+def test_batches(rng, m, granularities, w_dtype):
     x = operand(rng, (3, m, 272), ref.E4M3, granularities[0])
-    w = operand(rng, (3, 90, 272), ref.E5M2, granularities[1])
+    w = operand(rng, (3, 90, 272), w_dtype, granularities[1])
     check(x, w)
     if 3 * m <= 64:  # One W for all: the batch becomes rows.
         check(x, operand(rng, (90, 272), granularity=granularities[1]))
@@ -125,8 +142,9 @@ def test_tiny_and_huge_scales(rng, x_scale, w_scale):
 
 
 @pytest.mark.gpu
-def test_the_bits_do_not_change(rng):
-    x = operand(rng, (20, 4096), granularity="row")
+@pytest.mark.parametrize("m", [16, 20])
+def test_the_bits_do_not_change(rng, m):
+    x = operand(rng, (m, 4096), granularity="row")
     w = operand(rng, (4096, 4096), granularity="row")
     first, *others = (np.asarray(jax_fp8.scaled_matmul(x, w, **F32_OUT)) for _ in range(5))
     for other in others:
@@ -217,12 +235,15 @@ def ran(x, w, **options):
 @pytest.mark.parametrize(
     "capability, granularity, dtype, shape, expected",
     [
-        (90, "row", ref.E4M3, (8, 1024, 1024), "small_m"),
-        (90, "row", ref.E4M3, (9, 1024, 1024), "cublaslt"),
+        (90, "row", ref.E4M3, (16, 1024, 1024), "small_m"),
+        (90, "row", ref.E4M3, (17, 1024, 1024), "cublaslt"),
+        (90, "row", ref.E4M3, (16, 1024, 28672), "small_m"),
+        (90, "row", ref.E4M3, (16, 1024, 32768), "cublaslt"),
+        (90, "row", (ref.E5M2, ref.E4M3), (8, 1024, 1024), "cublaslt"),
         (90, "row", ref.E4M3, (8, 512, 1024), "cublaslt"),
         (90, "row", ref.E4M3, (8, 4096, 512), "cublaslt"),
         (90, "tensor", ref.E4M3, (1, 1024, 8192), "small_m"),
-        (90, "tensor", ref.E4M3, (9, 1024, 8192), "cublaslt"),
+        (90, "tensor", ref.E4M3, (17, 1024, 8192), "cublaslt"),
         (90, ("tensor", "row"), ref.E4M3, (8, 1024, 1024), "small_m"),
         (90, ("tensor", "row"), ref.E4M3, (8, 1024, 512), "cublaslt"),
         (90, "tensor", ref.E5M2, (64, 1024, 1024), "small_m"),
@@ -237,8 +258,9 @@ def test_the_default(rng, forced_capability, capability, granularity, dtype, sha
     x_granularity, w_granularity = (
         granularity if isinstance(granularity, tuple) else (granularity, granularity)
     )
-    x = operand(rng, (m, k), dtype, x_granularity)
-    w = operand(rng, (n, k), dtype, w_granularity)
+    x_dtype, w_dtype = dtype if isinstance(dtype, tuple) else (dtype, dtype)
+    x = operand(rng, (m, k), x_dtype, x_granularity)
+    w = operand(rng, (n, k), w_dtype, w_granularity)
     forced_capability(capability)
     assert ran(x, w) == {expected}
 

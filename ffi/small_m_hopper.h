@@ -1,0 +1,17 @@
+// The product for few rows of FP8 X on Hopper: the FP8 tensor cores take W as it is in memory, and
+// what remains is reading it.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "ffi/product.h"
+
+namespace jax_fp8 {
+
+// Whether small_m_hopper can run: compute capability 9.0, at most 16 rows of X, both operands in
+// E4M3 with tensor or row scales, and X of a size that shared memory holds.
+bool small_m_hopper_supports(const Product& product, int capability);
+
+cudaError_t small_m_hopper(const Product& product, cudaStream_t stream);
+
+}  // namespace jax_fp8
