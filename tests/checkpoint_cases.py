@@ -177,6 +177,23 @@ def tensors_of(case, rng):
     return stored, wanted
 
 
+def float8_tensor(shape, act_quant_kwargs, row=True):
+    """What torchao says of a Float8Tensor in a file's header."""
+    attributes = {
+        "block_size": [1 if row else shape[0], shape[1]],
+        "mm_config": None,
+        "act_quant_kwargs": act_quant_kwargs,
+        "dtype": {"_type": "torch.dtype", "_data": "bfloat16"},
+    }
+    return json.dumps(
+        {
+            "_type": "Float8Tensor",
+            "_data": attributes,
+            "_tensor_data_names": ["qdata", "scale"],
+        }
+    )
+
+
 def torchao(rng, act_quant_kwargs=None, row=True):
     """Tensors, header metadata and what must be read, of a Float8Tensor for each weight."""
     stored = {"model.norm.weight": np.ones(COLUMNS, ref.BF16), f"{NAMES[0]}.bias": np.ones(ROWS)}
@@ -188,19 +205,7 @@ def torchao(rng, act_quant_kwargs=None, row=True):
         scale, value = random_scale(rng, (ROWS, 1) if row else (1, 1), ref.F32)
         stored |= {f"{name}._weight_qdata": data, f"{name}._weight_scale": scale}
         wanted[f"{name}.weight"] = data, value
-        attributes = {
-            "block_size": [1 if row else ROWS, COLUMNS],
-            "mm_config": None,
-            "act_quant_kwargs": act_quant_kwargs,
-            "dtype": {"_type": "torch.dtype", "_data": "bfloat16"},
-        }
-        metadata[f"{name}.weight"] = json.dumps(
-            {
-                "_type": "Float8Tensor",
-                "_data": attributes,
-                "_tensor_data_names": ["qdata", "scale"],
-            }
-        )
+        metadata[f"{name}.weight"] = float8_tensor(SHAPE, act_quant_kwargs, row)
     metadata["tensor_names"] = json.dumps(list(metadata))
     return stored, metadata, wanted
 

@@ -1,6 +1,7 @@
 """Files that are broken or lie: an error of a declared kind, or the right tensors; nothing else."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from checkpoint_cases import (
     CASES,
     DECLARED,
     NAMES,
+    args,
+    compressed,
     refuses,
     tensors_of,
     torchao,
@@ -155,6 +158,40 @@ def test_headers_that_lie(tmp_path, content):
     refuses(tmp_path, DECLARED, "")
 
 
+# --- What only costs time or memory ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a|aa)" * 60 + "b", ".*.*.*.*.*.*b", "(a+)+b", "(a?){30}a{30}b"]
+)
+def test_a_pattern_that_would_take_forever(tmp_path, pattern):
+    name = "a" * 3000
+    stored = {f"{name}.weight": np.ones((4, 6), ref.E4M3), f"{name}.weight_scale": np.ones((4, 1))}
+    stored[f"{name}.weight_scale"] = stored[f"{name}.weight_scale"].astype(ref.F32)
+    group = {"targets": ["Linear"], "weights": args("channel")}
+    write(
+        tmp_path,
+        stored,
+        compressed(None, None, config_groups={"g": group}, ignore=[f"re:{pattern}"]),
+    )
+    start = time.perf_counter()
+    found = checkpoint.load(tmp_path)
+    assert time.perf_counter() - start < 5
+    assert found.tensors[f"{name}.weight"].granularity == "row"
+
+
+@pytest.mark.parametrize("rows", [128 * 2**20, 128 * 2**60, 128 * 10**400], ids=["20", "60", "400"])
+def test_a_block_that_is_larger_than_any_weight(tmp_path, rows):
+    """Its scale is that of all rows, and takes no more memory than these need."""
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [rows, 128]}
+    stored = {"x.weight": np.ones((256, 256), ref.E4M3)}
+    stored["x.weight_scale_inv"] = np.array([[2, 4]], ref.F32)
+    found = checkpoint.load(write(tmp_path / "one", stored, quantization)).tensors["x.weight"]
+    np.testing.assert_array_equal(found.scale, [[2, 4], [2, 4]])
+    stored["x.weight_scale_inv"] = np.ones((0, 2), ref.F32)
+    refuses(write(tmp_path / "none", stored, quantization), ValueError, "weight_scale_inv")
+
+
 # --- Everything at random -------------------------------------------------------------------------
 
 
@@ -267,13 +304,17 @@ def test_random_damage(tmp_path, name):
 
 
 def assert_as_stored(found, wanted):
-    """What was not refused: a name may be another now, but not the bytes that it names."""
+    """What was not refused: a name may be another now, but not what it names.
+
+    Of a wide tensor that is its bytes: no format protects what the header says of them.
+    """
 
     def parts(tensor):
         if isinstance(tensor, jax_fp8.ScaledArray):
             tensor = tensor.data, tensor.scale
-        tensor = tensor if isinstance(tensor, tuple) else (tensor,)
-        return tuple(np.asarray(part).tobytes() for part in tensor)
+        if not isinstance(tensor, tuple):
+            return np.asarray(tensor).tobytes()
+        return tuple((part.dtype, part.size, np.asarray(part).tobytes()) for part in tensor)
 
     known = {parts(tensor) for tensor in wanted.values()}
     assert len(found.tensors) == len(wanted)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import references as ref
 
 pytest.importorskip("safetensors")
 
@@ -23,7 +24,7 @@ from checkpoint_write_cases import (
 from safetensors.numpy import save_file
 
 import jax_fp8
-from jax_fp8._src.checkpoint import target, write
+from jax_fp8._src.checkpoint import plan, target, write
 from jax_fp8._src.checkpoint.files import open_folder
 from jax_fp8._src.checkpoint.write import quantize
 from jax_fp8._src.recipe import RECIPES
@@ -114,6 +115,33 @@ def test_the_folder_around_the_tensors(source, tmp_path):
             "modules_to_not_convert": ignored,
         },
     }
+
+
+def test_a_file_that_is_too_large_becomes_several(source, tmp_path, rng, monkeypatch):
+    """Which hold the same tensors, whether it was one file or two."""
+    one = tmp_path / "one"
+    one.mkdir()
+    save_file({k: v for part in tensors(rng) for k, v in part.items()}, one / "model.safetensors")
+    (one / "config.json").write_text("{}")
+    for folder in (source, one):
+        whole, parts = tmp_path / f"{folder.name}-whole", tmp_path / f"{folder.name}-parts"
+        quantize(folder, whole, format="compressed-tensors", recipe="rowwise")
+        with monkeypatch.context() as patch:
+            patch.setattr(plan, "MOST_BYTES", 100_000)
+            quantize(folder, parts, format="compressed-tensors", recipe="rowwise")
+        files = sorted(file.name for file in parts.glob("*.safetensors"))
+        assert files == [
+            f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))
+        ]
+        assert len(files) > len(list(whole.glob("*.safetensors")))
+        sizes = dict.fromkeys(files, 0)
+        for stored in open_folder(parts).tensors.values():
+            sizes[stored.file.name] += stored.nbytes
+        assert min(sizes.values()) > 0 and max(sizes.values()) <= 100_000
+        got, want = read(parts), read(whole)
+        assert got.keys() == want.keys()
+        for name, array in want.items():
+            ref.assert_same_bits(got[name], array)
 
 
 def test_one_file_gets_no_index(tmp_path, rng):

@@ -118,11 +118,70 @@ def test_windows(family, changed, windows):
         ({"rms_norm_eps": -1}, ValueError, "rms_norm_eps must be a number > 0"),
         ({"tie_word_embeddings": "no"}, ValueError, "must be true or false"),
         ({"eos_token_id": "x"}, ValueError, "eos_token_id"),
+        ({"eos_token_id": [2, True]}, ValueError, "eos_token_id"),
+        ({"eos_token_id": 2**40}, ValueError, "eos_token_id"),
+        ({"num_hidden_layers": 10**12}, ValueError, "num_hidden_layers must be an int"),
+        ({"num_hidden_layers": 10**6}, ValueError, "num_hidden_layers must be at most"),
     ],
 )
 def test_configs_that_are_refused(changed, error, said):
     with pytest.raises(error, match=said):
         decoder.read_config(cases.config(**changed))
+
+
+@pytest.mark.parametrize("kinds", [3, [["full_attention"], "x"], "ab", {}, ["full_attention"]])
+def test_layer_types_that_are_refused(kinds):
+    given = cases.config("qwen2", use_sliding_window=True, sliding_window=8, layer_types=kinds)
+    with pytest.raises(ValueError, match="layer_types must say"):
+        decoder.read_config(given)
+
+
+ROPES = (
+    {"type": "linear", "factor": 2.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_configs_at_random(family):
+    """One of another value somewhere is read or refused, as is declared, and nothing else."""
+    rng = np.random.default_rng(len(family))
+    values = [
+        None,
+        True,
+        -1,
+        0,
+        1,
+        2**64,
+        10**400,
+        1e300,
+        -0.5,
+        "",
+        "x",
+        [],
+        [1],
+        [[1]],
+        {},
+        {"a": 1},
+    ]
+    refused = 0
+    for i in range(400):
+        given = cases.config(
+            family,
+            use_sliding_window=True,
+            sliding_window=8,
+            layer_types=["full_attention", "sliding_attention"],
+            rope_scaling=dict(ROPES[i % len(ROPES)]),
+        )
+        node = given["rope_scaling"] if rng.integers(3) == 0 else given
+        key = list(node)[int(rng.integers(len(node)))]
+        node[key] = values[int(rng.integers(len(values)))]
+        try:
+            decoder.read_config(given)
+        except (ValueError, NotImplementedError):
+            refused += 1
+    assert 100 < refused < 400
 
 
 def test_what_a_config_leaves_out():

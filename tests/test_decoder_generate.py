@@ -190,6 +190,51 @@ def test_text_comes_in_whole_characters(folder):
         decoder.read_tokenizer(folder.parent)
 
 
+def test_a_character_of_several_tokens(tmp_path):
+    """Comes when its last byte has, and nothing of it before."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {each: i for i, each in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    stream = decoder.TextStream(tokenizer)
+    parts = [stream.add(token) for token in tokenizer.encode("aé€😀b").ids]
+    assert parts == ["a", "", "é", "", "", "€", "", "", "", "😀", "b"]
+
+
+def test_a_text_is_printed_as_it_comes(folder, capsys):
+    """Of one prompt each token at once, of several each text when it has ended."""
+    from jax_fp8.decoder.command import _Printer
+
+    tokenizer = decoder.read_tokenizer(folder)
+    a, b = tokenizer.encode("ab").ids
+    printer = _Printer(tokenizer, ["Hi"])
+    said = [capsys.readouterr().out]
+    for token in (a, b):
+        printer.add(np.array([token]))
+        said.append(capsys.readouterr().out)
+    assert "".join(said) == "Hiab" and said[0] == "Hi" and said[1]
+    printer = _Printer(tokenizer, ["Hi", "Ho"])
+    printer.add(np.array([a, b]))
+    assert capsys.readouterr().out == ""
+    printer.add(np.array([b, -1]))
+    assert capsys.readouterr().out == "[1] Hob\n"
+    printer.close()
+    assert capsys.readouterr().out == "[0] Hiab\n"
+
+
+def test_the_command_leaves_out_what_it_is_told_to(tmp_path, capsys):
+    given = cases.config()
+    scales = {"model.layers.0.self_attn.k_proj.k_scale": np.ones(1, np.float32)}
+    cases.write(tmp_path / "model", given, cases.tensors(given) | scales)
+    command = ["generate", str(tmp_path / "model"), "Hello", "--max-new-tokens", "2"]
+    assert main(command) == 1
+    assert "k_proj.k_scale" in capsys.readouterr().err
+    assert main([*command, "--ignore", "*.k_scale", "*.v_scale"]) == 0
+    assert capsys.readouterr().out.startswith("Hello")
+
+
 def test_the_command_writes(folder, capsys):
     options = ["--dtype", "float32", "--max-new-tokens", "6"]
     assert main(["generate", str(folder), "Hello", *options]) == 0

@@ -30,6 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", type=int, default=128, metavar="N", help="(%(default)s)")
     add("--recipe", help="quantizes a wide checkpoint: rowwise, tensorwise, blockwise, weight_only")
     add("--dtype", choices=DTYPES, default=DTYPES[0], help="of what is wide (%(default)s)")
+    add(
+        "--ignore",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="stored tensors to leave out, such as '*.k_scale' of a cache in FP8",
+    )
     add("--temperature", type=float, default=0.0, metavar="T", help="0: the most likely token")
     add("--top-k", type=int, default=0, metavar="K", help="of the K most likely tokens; 0: all")
     add("--top-p", type=float, default=1.0, metavar="P", help="of the most likely, up to P in all")
@@ -57,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=getattr(jnp, arguments.dtype),
         recipe=arguments.recipe,
         progress=sys.stderr.isatty(),
+        ignore=arguments.ignore,
     )
     loaded = time.perf_counter()
     generator = _generator(model, prompts, arguments, sampling)
@@ -127,6 +136,7 @@ def _compare(arguments: Any, prompts: Any, sampling: Sampling, text: Any) -> str
             recipe=recipe if name == "FP8" else None,
             dequantize=name != "FP8",
             progress=sys.stderr.isatty(),
+            ignore=arguments.ignore,
         )
         if model.format is None:  # One in FP8 says itself how it is run, and takes no recipe.
             recipe = recipe or COMPARED

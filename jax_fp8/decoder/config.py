@@ -6,9 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jax_fp8.decoder.rope import Rope, read_rope
+from jax_fp8.decoder.rope import Rope, is_positive, read_rope
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+#: Ten times what the deepest models have: a number that only costs memory is no model's.
+_MOST_LAYERS = 2000
 
 #: What a config.json leaves out, by family: the defaults under which its checkpoints were saved.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -103,6 +106,10 @@ def read_config(given: Mapping[str, Any]) -> DecoderConfig:
             " the width must be even, and heads a multiple"
         )
     layers = fields.count("num_hidden_layers")
+    if layers > _MOST_LAYERS:
+        raise ValueError(
+            f"config.json: num_hidden_layers must be at most {_MOST_LAYERS}, got {layers}"
+        )
     max_length = fields.count("max_position_embeddings", 2048)
     window = fields.get("sliding_window")
     own_bias = fields.flag("attention_bias")
@@ -132,13 +139,13 @@ class _Fields(dict[str, Any]):
 
     def count(self, name: str, default: int | None = None) -> int:
         value = self.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"config.json: {name} must be an int >= 1, got {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+            raise ValueError(f"config.json: {name} must be an int >= 1 of 31 bits, got {value!r}")
         return value
 
     def number(self, name: str, default: float) -> float:
         value = self.get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        if not is_positive(value):
             raise ValueError(f"config.json: {name} must be a number > 0, got {value!r}")
         return float(value)
 
@@ -150,8 +157,8 @@ class _Fields(dict[str, Any]):
 
 
 def _windows(family: str, fields: _Fields, layers: int, window: Any) -> tuple[int | None, ...]:
-    if window is not None and (not isinstance(window, int) or window < 1):
-        raise ValueError(f"config.json: sliding_window must be an int >= 1, got {window!r}")
+    if window is not None:
+        window = fields.count("sliding_window")
     if family == "llama":
         return (None,) * layers
     if family == "mistral":
@@ -162,7 +169,12 @@ def _windows(family: str, fields: _Fields, layers: int, window: Any) -> tuple[in
     if kinds is None:
         first = fields.count("max_window_layers")
         kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-    if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+    known = ("sliding_attention", "full_attention")
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != layers
+        or any(kind not in known for kind in kinds)
+    ):
         raise ValueError(
             f"config.json: layer_types must say 'full_attention' or 'sliding_attention' for each"
             f" of {layers} layers, got {kinds!r}"
@@ -172,6 +184,9 @@ def _windows(family: str, fields: _Fields, layers: int, window: Any) -> tuple[in
 
 def _tokens(given: Any) -> tuple[int, ...]:
     tokens = tuple(given) if isinstance(given, list | tuple) else (given,)
-    if not all(isinstance(token, int) for token in tokens):
-        raise ValueError(f"config.json: eos_token_id must be an int or a list of them, got {given}")
+    for token in tokens:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < 2**31:
+            raise ValueError(
+                f"config.json: eos_token_id must be a token or a list of them, got {given!r}"
+            )
     return tokens

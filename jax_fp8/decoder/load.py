@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -38,6 +38,7 @@ def load(
     sharding: Any = None,
     weight_only_rows: int | None = None,
     progress: bool = False,
+    ignore: Iterable[str] = (),
 ) -> Decoder:
     """Loads a Llama-like model from a folder of the Hugging Face hub.
 
@@ -51,6 +52,9 @@ def load(
       weight_only_rows: up to so many rows of input, FP8 weights are decoded and the input stays
         wide; None: as many as that is faster for on Hopper.
       progress: shows a bar.
+      ignore: patterns of stored tensors to leave out, as of ``checkpoint.load``: with
+        ``["*.k_scale", "*.v_scale"]`` the cache of a model that was calibrated for one in FP8 is
+        wide.
 
     Returns:
       A Decoder.
@@ -60,7 +64,7 @@ def load(
         and for a ``recipe`` for a checkpoint that is in FP8 already.
       NotImplementedError: for a model of another family.
     """
-    found = checkpoint.load(folder, sharding=sharding, progress=progress)
+    found = checkpoint.load(folder, sharding=sharding, progress=progress, ignore=ignore)
     config = read_config({**found.config, **_generation(folder)})
     source = Stored(found, jnp.dtype(dtype), _recipe(recipe), dequantize, weight_only_rows)
     model = build(config, source)

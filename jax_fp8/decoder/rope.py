@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +94,15 @@ def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
     return rotated.astype(x.dtype)
 
 
+def is_positive(value: Any) -> TypeGuard[float]:
+    """Whether it is a number above 0 that float32 holds."""
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and 0 < value <= float(np.finfo(np.float32).max)
+    )
+
+
 def read_rope(fields: Any, max_length: int) -> Rope:
     """Reads ``rope_parameters``, or ``rope_theta`` and ``rope_scaling``, of a config.json."""
     given = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
@@ -111,7 +120,7 @@ def read_rope(fields: Any, max_length: int) -> Rope:
     def number(name: str, default: float | None = None) -> float:
         value = given.get(name)
         value = default if value is None else value
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        if not is_positive(value):
             raise ValueError(
                 f"config.json: {name} of the rope_type {kind!r} must be a number > 0, got {value!r}"
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import math
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -149,7 +148,7 @@ def _scale_shapes(weight: StoredTensor, stored: Stored) -> tuple[tuple[int, ...]
             f"{weight}: blocks of {list(stored)} are not supported; supported are multiples of"
             f" {[BLOCK, BLOCK]}"
         )
-    down, across = math.ceil(rows / stored[0]), math.ceil(columns / stored[1])
+    down, across = -(-rows // stored[0]), -(-columns // stored[1])
     return (down, across), (down, 1, across, 1)
 
 
@@ -188,11 +187,10 @@ def read_weight_scale(weight: FP8Weight) -> np.ndarray[Any, Any]:
     values, shape = read_scale(weight.scale), weight.data.shape
     wanted = scale_shape(shape, weight.granularity)
     if isinstance(weight.stored, tuple):
-        down, across = (size // BLOCK for size in weight.stored)
-        values = values.reshape(
-            [math.ceil(n / b) for n, b in zip(shape, weight.stored, strict=True)]
-        )
-        values = np.repeat(np.repeat(values, down, 0), across, 1)[: wanted[0], : wanted[1]]
+        values = values.reshape([-(-n // b) for n, b in zip(shape, weight.stored, strict=True)])
+        for axis, block in enumerate(weight.stored):  # Which may be larger than the weight.
+            times = min(block // BLOCK, wanted[axis])
+            values = np.repeat(values, times, axis).take(range(wanted[axis]), axis)
     return values.reshape(wanted)
 
 

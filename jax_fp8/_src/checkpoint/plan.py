@@ -22,6 +22,8 @@ DEFAULT_IGNORE = (
 #: Models whose linear layers store (in, out), which no FP8 format has words for.
 TRANSPOSED_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _WIDE = ("F32", "BF16", "F16")
+#: Of a file to write, which the host holds: what the hub's tools take too. One tensor may be more.
+MOST_BYTES = 5 * 10**9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +59,20 @@ class Plan:
 
     @property
     def shards(self) -> dict[str, list[StoredTensor]]:
-        """The source's tensors by the name of their file."""
-        found: dict[str, list[StoredTensor]] = {}
+        """The source's tensors by the file to write: the source's own, unless one is too large."""
+        found: list[tuple[Path, list[StoredTensor]]] = []
+        size = 0
         for stored in self.source.tensors.values():
-            found.setdefault(stored.file.name, []).append(stored)
-        return found
+            more = sum(self.sizes(stored).values())
+            if not found or found[-1][0] != stored.file or size + more > MOST_BYTES:
+                found.append((stored.file, []))
+                size = 0
+            found[-1][1].append(stored)
+            size += more
+        names = [file.name for file, _ in found]
+        if len(set(names)) < len(names):
+            names = [f"model-{i + 1:05}-of-{len(names):05}.safetensors" for i in range(len(names))]
+        return {name: tensors for name, (_, tensors) in zip(names, found, strict=True)}
 
     def sizes(self, stored: StoredTensor) -> dict[str, int]:
         """Names and bytes of what a tensor of the source becomes: data, scale, input's scale."""

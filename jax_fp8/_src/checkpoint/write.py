@@ -41,9 +41,10 @@ def quantize(
     """Writes an FP8 checkpoint of a wide one.
 
     The weights of the linear layers, ``(out, in)``, become E4M3 with float32 scales, with the bits
-    of ``jax_fp8.quantize``; everything else is kept as it is. Host memory holds one shard of the
-    result and one tensor. A run that was cut off goes on when it is started again with the same
-    arguments; until it is complete the folder has no config.json.
+    of ``jax_fp8.quantize``; everything else is kept as it is. Host memory holds one tensor and one
+    file of the result, of which one that would have more than 5 GB becomes several. A run that was
+    cut off goes on when it is started again with the same arguments; until it is complete the
+    folder has no config.json.
 
     ==================  ==========  =======  =========  ======  ===========
     format              tensorwise  rowwise  blockwise  static  weight_only
@@ -135,7 +136,8 @@ def _warn(plan: Plan) -> None:
 
 def _state(plan: Plan, input_amax: Mapping[str, float] | None) -> dict[str, Any]:
     """All that the result depends on."""
-    files = [plan.source.path / name for name in (CONFIG, *plan.shards)]
+    tensors = plan.source.tensors.values()
+    files = [plan.source.path / CONFIG, *sorted({stored.file for stored in tensors})]
     return {
         "version": ffi.VERSION,
         "format": plan.format,
@@ -184,7 +186,7 @@ def _copy_others(plan: Plan) -> None:
 
 def _describe(plan: Plan) -> None:
     """The index, and config.json last: it makes the folder a model."""
-    if (plan.source.path / INDEX).exists():
+    if (plan.source.path / INDEX).exists() or len(plan.shards) > 1:
         weight_map: dict[str, str] = {}
         total = 0
         for name, tensors in plan.shards.items():
