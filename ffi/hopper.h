@@ -40,6 +40,10 @@ __device__ inline void barrier_expect(uint32_t barrier, int bytes) {
                : "memory");
 }
 
+__device__ inline void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // Arrives at the barrier that block `rank` of the cluster has at the same address.
 __device__ inline void barrier_arrive(uint32_t barrier, int rank) {
   asm volatile(
@@ -112,6 +116,12 @@ __device__ inline void add_shared(float* values, uint32_t address) {
   values[2] += more.z;
   values[3] += more.w;
 }
+
+// Its two halves, for barriers that barrier_init_fence has fenced.
+__device__ inline void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
 
 // True in one lane of the warp, all of which must call it. Unlike a comparison of lanes it lets the
 // compiler keep what that lane does in uniform registers, which TMA reads.

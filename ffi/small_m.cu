@@ -321,9 +321,7 @@ bool small_m_wins(const Product& p, int capability) {
   // activations takes 39 us for 64 x 28672 x 4096 (here 84), but 16 for 16 x 4096 x 4096 (here 9).
   if (!is_fp8(p.x.type)) return p.m <= 16 || p.n <= 8192;
   if (p.x.type == Type::kE5M2 && p.w.type == Type::kE5M2) return true;
-  // With tensor as with row scales; for a mixture of both cublasLt needs one more kernel, to spread
-  // the tensor's. Short rows are not enough for all of its groups.
-  return p.k >= 1024 && small_m_hopper_supports(p, capability);
+  return small_m_hopper_supports(p, capability) && small_m_hopper_wins(p);
 }
 
 cudaError_t small_m_matmul(const Product& p, int capability, cudaStream_t stream) {

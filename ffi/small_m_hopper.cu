@@ -2,13 +2,14 @@
 
 #include "ffi/finish.h"
 #include "ffi/hopper.h"
+#include "ffi/small_m_device.h"
 #include "ffi/small_m_hopper.h"
 #include "ffi/tensor_map.h"
 
 namespace jax_fp8 {
 namespace {
 
-// Of what was tried on an H100, these came closest to a plain read of W.
+// Of what was tried on an H100, these sizes came closest to a plain read of W.
 constexpr int kGroups = 4;  // Warpgroups that multiply; one more finishes.
 constexpr int kThreads = 128 * (kGroups + 1);
 constexpr int kTileRows = 32;  // Of W.
@@ -27,12 +28,6 @@ __host__ __device__ constexpr int sums_of_group(int columns) { return columns * 
 
 #if __CUDA_ARCH__ == 900
 // --- Copies and products -------------------------------------------------------------------------
-
-__device__ uint64_t policy_read_once() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
-  return policy;
-}
 
 // 16 bytes into shared memory, or as many zeros.
 __device__ void copy_pack(uint32_t target, const uint8_t* source, bool exists, uint64_t policy) {
@@ -103,14 +98,6 @@ __device__ void store_in(uint32_t remote, float value, uint32_t remote_barrier) 
           remote),
       "r"(float_bits(value)), "r"(remote_barrier)
       : "memory");
-}
-
-// The two halves of hopper::cluster_sync, for barriers that hopper::barrier_init_fence has fenced.
-__device__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
-__device__ void cluster_wait() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
-
-__device__ void arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 #endif
 
@@ -212,7 +199,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   __syncthreads();
-  if constexpr (clustered) cluster_arrive();
+  if constexpr (clustered) hopper::cluster_arrive();
 
   // The tile of a turn is finished by block turn % ranks, in one of its buffers.
   if (group == kGroups) {
@@ -222,7 +209,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < columns / 4; ++i) {
       x_scales[i] = first_m + 4 * i < m_size ? p.x.scale_at(b, first_m + 4 * i, 0) : 0.0f;
     }
-    if constexpr (clustered) cluster_wait();
+    if constexpr (clustered) hopper::cluster_wait();
     int turn = 0;
     for (int tile_n = first_n; tile_n < n_size; tile_n += step_n, ++turn) {
       if (turn % ranks != rank) continue;
@@ -254,7 +241,7 @@ __global__ void __launch_bounds__(kThreads)
         hopper::threads_sync(1, 128);
         if (thread % 128 < ranks) hopper::barrier_arrive(read, thread % 128);
       } else {
-        arrive(read);
+        hopper::barrier_arrive(read);
       }
 #pragma unroll
       for (int i = 0; i < columns / 4; ++i) {
@@ -312,7 +299,7 @@ __global__ void __launch_bounds__(kThreads)
       // gets one row of both.
       const int finisher = turn % ranks, buffer = turn / ranks % kBuffers;
       const int place_in_turn = turn % (kBuffers * ranks);
-      if (clustered && turn == 0) cluster_wait();
+      if (clustered && turn == 0) hopper::cluster_wait();
       hopper::barrier_wait(empty + 8 * place_in_turn, turn / (kBuffers * ranks) % 2 ^ 1);
       float* const own = sums_memory + ((buffer * ranks + rank) * kGroups + group) * kSums +
                          lane % 4 * 2 * kStride + warp_row + lane / 8 + (second_half ? 4 : 0);
@@ -334,6 +321,7 @@ __global__ void __launch_bounds__(kThreads)
       }
       if constexpr (!clustered) hopper::threads_arrive(1 + buffer, kThreads);
     }
+    wait_for_packs<0>();  // Zeros, of tiles that do not exist.
   }
   if constexpr (clustered) hopper::cluster_sync();  // Others may still store and arrive here.
 #endif
@@ -390,6 +378,12 @@ bool small_m_hopper_supports(const Product& p, int capability) {
   return capability == 90 && p.m <= 16 && p.x.type == Type::kE4M3 && p.w.type == Type::kE4M3 &&
          !p.blocks() && p.k % 16 == 0 && bytes_of(p, p.m <= 8 ? 8 : 16, kMaxRanks, &split) > 0 &&
          hopper::is_device();
+}
+
+bool small_m_hopper_wins(const Product& p) {
+  // Measured with 4096 rows of W and more, and with one block and with two that share K.
+  Split split;
+  return p.n >= 2048 && p.k >= 1024 && bytes_of(p, p.m <= 8 ? 8 : 16, 2, &split) > 0;
 }
 
 cudaError_t small_m_hopper(const Product& p, cudaStream_t stream) {

@@ -12,6 +12,9 @@ namespace jax_fp8 {
 // E4M3 with tensor or row scales, and X of a size that shared memory holds.
 bool small_m_hopper_supports(const Product& product, int capability);
 
+// Whether it is faster than cublasLt, for a product that it can run.
+bool small_m_hopper_wins(const Product& product);
+
 cudaError_t small_m_hopper(const Product& product, cudaStream_t stream);
 
 }  // namespace jax_fp8

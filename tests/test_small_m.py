@@ -61,7 +61,11 @@ def test_x_that_does_not_stay_on_the_chip(rng, m, n, k):
 @pytest.mark.parametrize("m", [1, 8, 9, 16])
 @pytest.mark.parametrize(
     "n, k",
-    [(70, 14336), (70, 16400), (4300, 20496), (40, 28672), (9000, 1040), (32, 31744), (32, 31760)],
+    [
+        *((70, 14336), (70, 16400), (40, 28672), (9000, 1040)),
+        *((4300, 16400), (4300, 31744), (9000, 20496)),  # Two turns and more.
+        *((32, 31744), (32, 31760), (32, 57344), (32, 57360)),  # The ends of what fits.
+    ],
     ids=str,
 )
 def test_shapes_that_a_cluster_shares(rng, m, n, k):
@@ -71,6 +75,24 @@ def test_shapes_that_a_cluster_shares(rng, m, n, k):
     x, w = integers(rng, (m, k)), integers(rng, (n, k))
     got = jax_fp8.scaled_matmul(x, w, **F32_OUT)
     np.testing.assert_array_equal(got, ref.product(x, w)[0].astype(np.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 8, 16])
+def test_batches_that_clusters_share(rng, m):
+    for n, k in ((90, 16400), (6000, 272)):
+        check(
+            operand(rng, (3, m, k), granularity="row"), operand(rng, (3, n, k), granularity="row")
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 8, 16])
+def test_few_rows_beyond_hopper(rng, forced_capability, m):
+    """What runs there has more rows on Hopper itself."""
+    forced_capability(100)
+    for n, k in ((300, 528), (17, 4096), (9001, 272)):
+        check(operand(rng, (m, k), granularity="row"), operand(rng, (n, k), granularity="row"))
 
 
 @pytest.mark.gpu
@@ -102,17 +124,20 @@ def test_small_integers_are_exact(rng, m, pair, granularities):
 @pytest.mark.gpu
 @pairs
 @pytest.mark.parametrize("side", ["x", "w"])
-def test_all_codes_times_one(pair, side):
+@pytest.mark.parametrize("m", [8, 16, 64])
+def test_all_codes_times_one(pair, side, m):
     """NaN and infinities, which reach their own row alone, among them."""
     dtype, other = pair if side == "x" else pair[::-1]
     all_codes = np.zeros((256, 64), dtype)
     all_codes[np.arange(256), np.arange(256) % 64] = ref.all_codes(dtype)
     one = np.ones((1, 1), np.float32)
-    identity = scaled(np.eye(64, dtype=np.float32).astype(other), one)
+    identity = np.eye(64, dtype=np.float32).astype(other)
     if side == "w":
-        operands = [(identity, scaled(all_codes, one))]
+        w = scaled(all_codes, one)
+        operands = [(scaled(part, one), w) for part in np.split(identity, 64 // m)]
     else:
-        operands = [(scaled(part, one), identity) for part in np.split(all_codes, 4)]
+        w = scaled(identity, one)
+        operands = [(scaled(part, one), w) for part in np.split(all_codes, 256 // m)]
     for x, w in operands:
         got = jax_fp8.scaled_matmul(x, w, **F32_OUT)
         np.testing.assert_array_equal(got, ref.product(x, w)[0].astype(np.float32))
@@ -235,16 +260,17 @@ def ran(x, w, **options):
 @pytest.mark.parametrize(
     "capability, granularity, dtype, shape, expected",
     [
-        (90, "row", ref.E4M3, (16, 1024, 1024), "small_m"),
-        (90, "row", ref.E4M3, (17, 1024, 1024), "cublaslt"),
-        (90, "row", ref.E4M3, (16, 1024, 28672), "small_m"),
-        (90, "row", ref.E4M3, (16, 1024, 32768), "cublaslt"),
-        (90, "row", (ref.E5M2, ref.E4M3), (8, 1024, 1024), "cublaslt"),
-        (90, "row", ref.E4M3, (8, 512, 1024), "cublaslt"),
+        (90, "row", ref.E4M3, (16, 2048, 1024), "small_m"),
+        (90, "row", ref.E4M3, (17, 2048, 1024), "cublaslt"),
+        (90, "row", ref.E4M3, (16, 2048, 16384), "small_m"),
+        (90, "row", ref.E4M3, (8, 2048, 28672), "small_m"),
+        (90, "row", ref.E4M3, (16, 2048, 28672), "cublaslt"),
+        (90, "row", (ref.E5M2, ref.E4M3), (8, 2048, 1024), "cublaslt"),
+        (90, "row", ref.E4M3, (8, 1024, 1024), "cublaslt"),
         (90, "row", ref.E4M3, (8, 4096, 512), "cublaslt"),
-        (90, "tensor", ref.E4M3, (1, 1024, 8192), "small_m"),
-        (90, "tensor", ref.E4M3, (17, 1024, 8192), "cublaslt"),
-        (90, ("tensor", "row"), ref.E4M3, (8, 1024, 1024), "small_m"),
+        (90, "tensor", ref.E4M3, (1, 2048, 8192), "small_m"),
+        (90, "tensor", ref.E4M3, (17, 2048, 8192), "cublaslt"),
+        (90, ("tensor", "row"), ref.E4M3, (8, 2048, 1024), "small_m"),
         (90, ("tensor", "row"), ref.E4M3, (8, 1024, 512), "cublaslt"),
         (90, "tensor", ref.E5M2, (64, 1024, 1024), "small_m"),
         (90, "tensor", ref.E5M2, (65, 1024, 1024), "decode"),
