@@ -14,8 +14,7 @@ constexpr int64_t kGemvM = 8;
 // Whether it can have all of X in shared memory, as a norm of X takes.
 bool gemv_takes_norm(const Product& product);
 
-// For what small_m_refusal lets pass, with M <= kGemvM and X in bfloat16
-// or float16.
+// For what small_m_refusal lets pass, with M <= kGemvM and X in bfloat16 or float16.
 cudaError_t gemv(const Product& product, int processors, cudaStream_t stream);
 
 }  // namespace jax_fp8

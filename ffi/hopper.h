@@ -117,7 +117,7 @@ __device__ inline void add_shared(float* values, uint32_t address) {
   values[3] += more.w;
 }
 
-// Its two halves, for barriers that barrier_init_fence has fenced.
+// The two halves of cluster_sync, for barriers that barrier_init_fence has fenced.
 __device__ inline void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 }
