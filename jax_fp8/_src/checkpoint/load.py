@@ -72,7 +72,8 @@ def load(
       The Checkpoint.
 
     Raises:
-      ImportError: where safetensors, or tqdm for the progress bar, is not installed.
+      ImportError: where safetensors, tqdm for the progress bar, or google-re2 for the patterns of
+        compressed-tensors is not installed.
       FileNotFoundError: for a folder or a file that is missing.
       ValueError: for files that are broken, lie or contradict each other, scales that are missing,
         left over or not positive, and 64-bit values that do not fit where JAX has 32 bits.
