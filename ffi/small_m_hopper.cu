@@ -344,9 +344,8 @@ int bytes_of(const Product& p, int columns, int ranks, Split* split) {
 template <int columns>
 cudaError_t launch(const Product& p, int processors, cudaStream_t stream) {
   Split split;
-  int ranks = 1;  // More than fit X only cost time.
-  while (bytes_of(p, columns, ranks, &split) == 0) ranks *= 2;
-  const int bytes = bytes_of(p, columns, ranks, &split);
+  int bytes, ranks = 1;  // More than X needs to fit were slower, where N is 4096 and more.
+  while ((bytes = bytes_of(p, columns, ranks, &split)) == 0) ranks *= 2;
   CUtensorMap x_map;
   if (!encode_map(&x_map, p.x.data, p.x.type, p.batch, p.m, p.k, columns, kChunk / 2)) {
     return cudaErrorInvalidValue;
