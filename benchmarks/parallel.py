@@ -33,7 +33,7 @@ BY_NAME = True
 STEPS, COLLECTIVE_BYTES = 30, (1 << 26, 1 << 30)
 #: (size, rows of the tensor-parallel MLP, rows of each device with FSDP, preset of the GPT)
 SHAPES = {
-    "smoke": ("tiny", 64, 64, "tiny"),
+    "smoke": ("tiny", 16, 16, "tiny"),
     "quick": ("70b", 4096, 4096, None),
     "all": ("70b", 4096, 4096, "wide"),
 }

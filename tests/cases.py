@@ -1,6 +1,5 @@
 """Operands for products, and what a named implementation must refuse."""
 
-import contextlib
 import itertools
 import os
 import subprocess
@@ -83,6 +82,11 @@ def must_refuse(implementation, x, w):
     return True
 
 
+def with_flags(*flags):
+    """XLA's flags for a process: those of the tests, and these."""
+    return " ".join([os.environ["XLA_FLAGS"], *flags])
+
+
 def run_script(script, *, timeout=300, **environment):
     """Runs Python code in a process of its own and returns what it printed."""
     done = subprocess.run(
@@ -94,15 +98,3 @@ def run_script(script, *, timeout=300, **environment):
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
-
-
-@contextlib.contextmanager
-def quick_compilation():
-    """Programs are small and many here, and XLA's optimizations take longer than they save."""
-    on_cpu = jax.default_backend() == "cpu"
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", before or on_cpu)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)

@@ -1,12 +1,19 @@
 """What the tests run on: implementations by platform, and GPUs that are skipped or demanded."""
 
 import functools
+import importlib.metadata
 import os
 
 # Tests in processes of their own need GPU memory too; and the products that XLA itself makes there,
 # which are compared and not tested, need no timing of candidates.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_gpu_autotune_level=0"
+    # Where XLA has its older emitters for CPUs, they take half of the time for a small program.
+    + " --xla_cpu_use_fusion_emitters=false"
+    * importlib.metadata.version("jaxlib").startswith("0.10."),
+)
 # No test takes an algorithm that another one has left in the user's cache.
 os.environ["JAX_FP8_CACHE_DIR"] = ""
 
@@ -28,12 +35,16 @@ def pytest_configure(config):
     # pyproject.toml declares these; once more for a run without it.
     config.addinivalue_line("markers", "gpu: needs a GPU")
     config.addinivalue_line("markers", "multigpu: needs two GPUs or more")
-    config.addinivalue_line("markers", "slow: compiles or trains for long")
-    config.addinivalue_line("markers", "ends: many numbers or compilations")
+    config.addinivalue_line("markers", "slow: many numbers, or trains for long")
+    config.addinivalue_line("markers", "ends: many compilations")
     # Thousands of problems, few of which are about the choice of cublasLt's algorithm.
     import jax_fp8
 
     jax_fp8.set_plan_choice("heuristic")
+    # Programs are many here, and small: on a CPU, XLA's optimizations take longer than they save.
+    if jax.default_backend() == "cpu" and "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # Processes of their own, too.
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_runtest_setup(item):
@@ -46,6 +57,15 @@ def pytest_runtest_setup(item):
         if os.environ.get("JAX_FP8_REQUIRE_GPU") == "1":
             pytest.fail(message, pytrace=False)
         pytest.skip(message)
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """Compiles as users do: for what is compared to the last bit, and for what runs long."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def on_platforms(cpu, gpu):

@@ -10,10 +10,10 @@ import re
 
 import jax
 import pytest
-from cases import run_script
+from cases import run_script, with_flags
 
 EIGHT = {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "XLA_FLAGS": with_flags("--xla_force_host_platform_device_count=8"),
     "JAX_PLATFORMS": "cpu",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # They take longer than they save here.
 }

@@ -9,14 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import integers, operand, run_script
+from mesh_cases import EIGHT
 
 import jax_fp8
 
 SIZE = 3
-EIGHT = {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "JAX_PLATFORMS": "cpu",
-}
 weights = pytest.mark.parametrize("shared", [True, False], ids=["one w", "w each"])
 
 

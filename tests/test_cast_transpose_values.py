@@ -10,7 +10,7 @@ from cases import on_gpu, pair_id, sample
 import jax_fp8
 from jax_fp8._src import numerics
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized")]
 
 SPECIAL = [np.nan, np.inf, -np.inf]
 # Whole tiles and edges, in vectors and in single bytes on either side.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references as ref
-from cases import run_script
+from cases import run_script, with_flags
 from checkpoint_cases import (
     CASES,
     COLUMNS,
@@ -318,7 +318,7 @@ def test_a_mesh(tmp_path, rng):
             else:
                 raise AssertionError("a sharding that does not fit was taken")
         """,
-        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+        XLA_FLAGS=with_flags("--xla_force_host_platform_device_count=8"),
     )
 
 

@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 import jax_fp8.linen
 import jax_fp8.nnx
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized")]
 
 FOLDS, SEED = 5, 0
 SIZES = (64, 128, 10)

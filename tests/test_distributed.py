@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from cases import with_flags
 
 PROGRAM = """
 import sys
@@ -56,7 +57,7 @@ def run_both(**changed):
     here = str(pathlib.Path(__file__).parent)
     environment = {
         **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": with_flags("--xla_force_host_platform_device_count=4"),
         "JAX_PLATFORMS": "cpu",
     }
     started = [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import references as ref
 import training
-from cases import on_gpu, pair_id, quick_compilation, sample
+from cases import on_gpu, pair_id, sample
 from conftest import on_platforms, value_on_this_platform
 from jax.test_util import check_grads
 
@@ -16,12 +16,6 @@ import jax_fp8
 
 POWERS = jax_fp8.named_recipe("tensorwise", power_of_two=True)
 FLAX = (((1,), (0,)), ((), ()))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-    with quick_compilation():
-        yield
 
 
 @pytest.fixture(params=on_platforms(("xla",), (None, "decode")))

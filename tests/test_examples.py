@@ -8,7 +8,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from cases import run_script
+from cases import run_script, with_flags
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
 
@@ -100,7 +100,7 @@ def test_parallel_gathers_weights_in_fp8(arguments):
     """The gathered weights take half of bf16's bytes; what is summed is the same."""
     printed = run_script(
         PARALLEL.format(folder=str(EXAMPLES), arguments=arguments),
-        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+        XLA_FLAGS=with_flags("--xla_force_host_platform_device_count=8"),
         JAX_PLATFORMS="cpu",
     )
     found = json.loads(printed.splitlines()[-1])

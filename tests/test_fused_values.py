@@ -11,7 +11,7 @@ from cases import on_gpu, pair_id, sample
 
 import jax_fp8
 
-pytestmark = pytest.mark.ends
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized")]
 
 PRODUCERS = ("rms_norm", "layer_norm", "swiglu", "gelu")
 NORMS = PRODUCERS[:2]

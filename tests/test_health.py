@@ -6,17 +6,11 @@ import numpy as np
 import pytest
 import references as ref
 import training
-from cases import pair_id, quick_compilation, sample
+from cases import pair_id, sample
 
 import jax_fp8
 
 FLAX = (((1,), (0,)), ((), ()))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-    with quick_compilation():
-        yield
 
 
 def stats_in_numpy(x, operand):

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references as ref
-from cases import quick_compilation
 from flax_cases import (
     DTYPES,
     assert_product,
@@ -50,12 +49,6 @@ LAYERS = {
         *((5, 3, 32), "mnk,nkh->nmh"),
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-    with quick_compilation():
-        yield
 
 
 def pair(name, **more):

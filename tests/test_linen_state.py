@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 import references as ref
-from cases import quick_compilation
 from flax_cases import assert_product, assert_same_structure, samples
 
 import jax_fp8
@@ -18,12 +17,6 @@ import jax_fp8.linen as fp8
 
 KEY = jax.random.key(0)
 STOCHASTIC = jax_fp8.named_recipe("rowwise", stochastic_rounding=True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-    with quick_compilation():
-        yield
 
 
 class Network(nn.Module):

@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import pytest
 import references as ref
-from cases import quick_compilation
 from flax import nnx
 from flax_cases import (
     DTYPES,
@@ -49,12 +48,6 @@ LAYERS = {
         *((5, 3, 32), "mnk,nkh->nmh"),
     ),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-    with quick_compilation():
-        yield
 
 
 def both(name, recipe="tensorwise", **more):

@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import pytest
 import references as ref
-from cases import quick_compilation
 from flax import nnx
 from flax_cases import assert_product, assert_same_structure, samples
 from flax_models import Model, loss_of, paths, some_tokens
@@ -16,12 +15,6 @@ import jax_fp8.nnx as fp8
 
 STOCHASTIC = jax_fp8.named_recipe("rowwise", stochastic_rounding=True)
 ATTENTION = [f"attention/{name}" for name in ("key", "out", "query", "value")]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-    with quick_compilation():
-        yield
 
 
 def recipes_of(model):

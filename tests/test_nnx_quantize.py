@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references as ref
-from cases import quick_compilation
 from flax import nnx
 from flax_cases import assert_product, assert_same_structure, samples
 from flax_models import (
@@ -22,12 +21,6 @@ import jax_fp8
 import jax_fp8.nnx as fp8
 
 STOCHASTIC = jax_fp8.named_recipe("rowwise", stochastic_rounding=True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-    with quick_compilation():
-        yield
 
 
 def linear(recipe=None, size=(32, 24), **options):

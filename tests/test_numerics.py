@@ -9,6 +9,8 @@ from cases import pair_id
 
 from jax_fp8._src import numerics
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 SMALLEST, LARGEST = np.float32(2.0**-126), np.finfo(np.float32).max
 
 

@@ -11,7 +11,7 @@ from cases import on_gpu, pair_id, sample, scaled
 
 import jax_fp8
 
-pytestmark = pytest.mark.ends
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized")]
 
 SPECIAL = [np.nan, np.inf, -np.inf]
 

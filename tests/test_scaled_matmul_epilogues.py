@@ -10,7 +10,7 @@ from jax.lax import Precision
 
 import jax_fp8
 
-pytestmark = pytest.mark.ends
+pytestmark = pytest.mark.slow
 
 outputs = pytest.mark.parametrize("out", [*ref.WIDE, *ref.FP8], ids=pair_id)
 fp8_outputs = pytest.mark.parametrize("out", ref.FP8, ids=pair_id)

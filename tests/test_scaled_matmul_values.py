@@ -12,7 +12,7 @@ from jax.lax import Precision
 
 import jax_fp8
 
-pytestmark = pytest.mark.ends
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized")]
 
 PRECISE = {"preferred_element_type": jnp.float32, "precision": Precision.HIGHEST}
 precisions = pytest.mark.parametrize(

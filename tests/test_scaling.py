@@ -7,19 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references as ref
-from cases import quick_compilation
 
 import jax_fp8
 
 FLAX = (((1,), (0,)), ((), ()))
 X, W = jnp.full((4, 16), 3.0), jnp.full((16, 8), 2.0)
 delayed = functools.partial(jax_fp8.named_recipe, "delayed")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-    with quick_compilation():
-        yield
 
 
 def history(*amaxes, length=4):

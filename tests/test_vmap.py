@@ -14,7 +14,6 @@ from cases import (
     must_refuse,
     operand,
     pair_id,
-    quick_compilation,
     scaled,
 )
 from jax.lax import Precision
@@ -25,12 +24,6 @@ SIZE = 3
 F32 = {"preferred_element_type": jnp.float32}
 #: Which of x's data, x's scale, w's data and w's scale have an entry each.
 PATTERNS = [p for p in itertools.product((True, False), repeat=4) if any(p)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-    with quick_compilation():
-        yield
 
 
 def one_of(arrays, batched, i):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import references as ref
 import training
-from cases import is_fast, operand, pair_id, quick_compilation, sample
+from cases import is_fast, operand, pair_id, sample
 from flax import nnx
 
 import jax_fp8
@@ -18,12 +18,6 @@ pytestmark = pytest.mark.ends
 
 SIZE = 3
 FLAX = (((1,), (0,)), ((), ()))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-    with quick_compilation():
-        yield
 
 
 def stacked(rng, *shape, dtype=jnp.float32):

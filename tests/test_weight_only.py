@@ -10,7 +10,7 @@ from cases import integers, operand, pair_id, sample, scaled
 import jax_fp8
 from jax_fp8 import Operand, Recipe
 
-pytestmark = pytest.mark.ends
+pytestmark = pytest.mark.slow
 
 F32_OUT = {"preferred_element_type": jnp.float32}
 WIDE = (ref.BF16, ref.F16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import pathlib
 import platform
 import sysconfig
@@ -38,10 +39,12 @@ class Corpus:
 
 def texts(root: pathlib.Path) -> Iterator[bytes]:
     """The files that hold text, in the order of their paths; each text once."""
-    seen = set()
-    for path in sorted(root.rglob("*"), key=lambda path: path.relative_to(root).as_posix()):
-        if path.suffix not in SUFFIXES or LEFT_OUT.intersection(path.relative_to(root).parts):
-            continue
+    seen, paths = set(), []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in LEFT_OUT]
+        found = (pathlib.Path(folder, name) for name in names)
+        paths += [path for path in found if path.suffix in SUFFIXES]
+    for path in sorted(paths, key=lambda path: path.relative_to(root).as_posix()):
         if path.is_file() and (text := path.read_bytes()) and text not in seen:
             seen.add(text)
             yield text
