@@ -1,4 +1,4 @@
-"""Runs the benchmarks; draws results, checks and compares them, or puts tables into the README."""
+"""Runs the benchmarks; draws results, checks and compares them, or puts them into the docs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     for name, said in {
         "plot": "draw the files again, and the roofline of all of them",
         "check": "compare them with the targets",
-        "readme": "put their tables into the README",
+        "tables": "put their tables into the README and docs",
     }.items():
         command = commands.add_parser(name, help=said)
         command.add_argument("files", nargs="+", type=pathlib.Path, metavar="FILE")
@@ -147,11 +147,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "plot":
         _plot(options.files)
         return 0
-    if options.command == "readme":
+    if options.command == "tables":
         for file, found in _read(options.files):
-            results.into_readme(
-                found["name"], file.with_suffix(".md").read_text(), ROOT / "README.md"
-            )
+            results.into_pages(found["name"], file.with_suffix(".md").read_text(), ROOT)
         return 0
     if not timing.on_gpu() and options.shapes != "smoke":
         print("These shapes need a GPU, and JAX has none here; try --shapes smoke", file=sys.stderr)

@@ -5,7 +5,7 @@ A benchmark is a module with
 - ``run(shapes) -> rows``: measures; ``shapes`` is "smoke", "quick" or "all". A row is a dict of
   JSON values: what tells the problem, ``variant``, its figures (``us`` in microseconds), or
   ``us`` None and ``error``, as ``tables.failure`` makes it;
-- ``table(rows) -> str``: Markdown, a title and a table, which is what the README takes, and more;
+- ``table(rows) -> str``: Markdown, a title and a table, which docs take, and more;
 - ``KEYS``: the fields of a row that tell the problem;
 - ``REFERENCE`` and ``FIGURES``, where they are others than none and ``("us",)``: for ``compare``;
 - ``BY_NAME``, true where it takes so long that it runs only if it is asked for.

@@ -99,16 +99,23 @@ def read(path: str | pathlib.Path) -> dict[str, Any]:
     return results
 
 
-def into_readme(name: str, table: str, readme: pathlib.Path) -> None:
-    """Puts the title and the first table of ``table`` between the marks of ``name``.
+def pages(root: pathlib.Path) -> list[pathlib.Path]:
+    """The README and what is in docs."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
 
-    The marks are ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, so that no figure in the
-    README is written by hand.
+
+def into_pages(name: str, table: str, root: pathlib.Path) -> None:
+    """Puts the title and the first table of ``table`` into the page that has the marks of ``name``.
+
+    The marks are ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, so that no figure in a table of
+    the pages is written by hand.
     """
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    before, mark, rest = readme.read_text().partition(begin)
-    _, second_mark, after = rest.partition(end)
-    if not mark or not second_mark:
-        raise ValueError(f"{readme} has no marks {begin} and {end}")
-    first = "\n\n".join(table.split("\n\n")[:2]).rstrip()
-    readme.write_text(f"{before}{begin}\n{first}\n{end}{after}")
+    for page in pages(root):
+        before, mark, rest = page.read_text().partition(begin)
+        _, second_mark, after = rest.partition(end)
+        if mark and second_mark:
+            first = "\n\n".join(table.split("\n\n")[:2]).rstrip()
+            page.write_text(f"{before}{begin}\n{first}\n{end}{after}")
+            return
+    raise ValueError(f"no page of {root} has the marks {begin} and {end}")

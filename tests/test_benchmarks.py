@@ -279,23 +279,36 @@ def test_picture_of_the_roofline(tmp_path):
     assert plots.draw({"name": "else"}, path) is None
 
 
-# --- The README -----------------------------------------------------------------------------------
+# --- The README and docs --------------------------------------------------------------------------
 
-README = program.ROOT / "README.md"
-MARKED = re.findall(r"<!-- begin (\w+) -->", README.read_text()) if README.exists() else []
+PAGES = {path: path.read_text() for path in results.pages(program.ROOT) if path.exists()}
+MARKED = [name for text in PAGES.values() for name in re.findall(r"<!-- begin (\w+) -->", text)]
 
 
-def test_the_readme_has_tables():
-    assert MARKED
+def test_each_table_is_on_one_page():
+    assert len(MARKED) == len(set(MARKED)) > 10
 
 
 @pytest.mark.parametrize("name", MARKED)
-def test_the_tables_of_the_readme_are_those_of_the_results(name, tmp_path):
+def test_the_tables_of_the_pages_are_those_of_the_results(name, tmp_path):
     (path,) = results.FOLDER.glob(f"*-{name}.md")
-    again = tmp_path / "README.md"
-    again.write_text(README.read_text())
-    results.into_readme(name, path.read_text(), again)
-    assert again.read_text() == README.read_text()
+    (tmp_path / "docs").mkdir()
+    copies = {tmp_path / page.relative_to(program.ROOT): text for page, text in PAGES.items()}
+    for copy, text in copies.items():
+        copy.write_text(text)
+    results.into_pages(name, path.read_text(), tmp_path)
+    assert {copy: copy.read_text() for copy in copies} == copies
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_points_to_is_there(page):
+    """Files and headings, by the names that GitHub gives these."""
+    for place, _, heading in re.findall(r"\]\((?!https?:)([^)#]*)(#?)([^)]*)\)", PAGES[page]):
+        target = page.parent / place if place else page
+        assert target.exists(), place
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert heading in [title.lower().replace(" ", "-") for title in titles], heading
 
 
 @pytest.mark.parametrize("path", sorted(results.FOLDER.glob("*.json")), ids=lambda path: path.stem)
@@ -307,8 +320,7 @@ def test_the_tables_of_the_results_are_those_of_their_rows(path):
     assert path.with_suffix(".md").read_text() == f"{table}\n"
 
 
-def test_a_readme_without_marks_is_refused(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("nothing here")
-    with pytest.raises(ValueError, match="no marks <!-- begin gemm -->"):
-        results.into_readme("gemm", "title", readme)
+def test_pages_without_marks_are_refused(tmp_path):
+    (tmp_path / "README.md").write_text("nothing here")
+    with pytest.raises(ValueError, match="has the marks <!-- begin gemm -->"):
+        results.into_pages("gemm", "title", tmp_path)

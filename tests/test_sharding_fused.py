@@ -1,4 +1,4 @@
-"""The fused producers over meshes: the values of one device, and what the README says moves."""
+"""The fused producers over meshes: the values of one device, and what docs/jax.md says moves."""
 
 import pytest
 from mesh_cases import KINDS, check
