@@ -15,6 +15,7 @@ from test_decoder import logits, stored, tokens_of
 import jax_fp8
 from jax_fp8 import decoder
 from jax_fp8.__main__ import main
+from jax_fp8.decoder import measure
 from jax_fp8.decoder.dense import Dense, Parallel
 
 LOGITS = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]], jnp.float32))
@@ -265,11 +266,25 @@ def test_the_command_compares(folder, tmp_path, capsys):
     options = ["--compare", "--text", str(text), "--max-new-tokens", "4"]
     assert main(["generate", str(folder), "Hello", *options]) == 0
     header, wide, fp8 = capsys.readouterr().out.splitlines()
-    assert header.split() == ["prefill", "decode", "weights", "perplexity", "agreement"]
+    columns = ["prefill", "decode", "weights", "memory", "perplexity", "agreement"]
+    assert header.split() == columns
     assert wide.split()[0] == "bfloat16" and wide.split()[-2:] == ["100.0", "%"]
     assert fp8.split()[0] == "FP8" and 50 < float(fp8.split()[-2]) <= 100
     perplexities = [float(line.split()[-3]) for line in (wide, fp8)]
     assert perplexities[0] == pytest.approx(perplexities[1], rel=0.1)
+
+
+def test_the_command_compares_what_the_device_says_of_memory(folder, monkeypatch, capsys):
+    """A CPU says nothing: there it is weights and cache, which are next to nothing here."""
+    options = ["generate", str(folder), "Hello", "--compare", "--max-new-tokens", "2"]
+    assert main(options) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-2:] for line in lines] == [["0.00", "GiB"]] * 2
+    used = iter([5 << 30, 0, 3 << 29, 0])
+    monkeypatch.setattr(measure, "_memory_stats", lambda model: {"bytes_in_use": next(used)})
+    assert main(options) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-2:] for line in lines] == [["5.00", "GiB"], ["1.50", "GiB"]]
 
 
 @pytest.mark.parametrize("parallel", [False, True], ids=["all", "all but one"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import pathlib
 import sys
 import time
@@ -124,6 +125,11 @@ def _said(speed: Speed) -> str:
     return said
 
 
+def _memory(speed: Speed) -> int:
+    """Of all that writing takes on the device; where that is not told, of weights and cache."""
+    return speed.used_bytes or speed.weight_bytes + speed.cache_bytes
+
+
 def _compare(arguments: Any, prompts: Any, sampling: Sampling, text: Any) -> str:
     """A table: the wide model, and the FP8 one of the checkpoint or of the recipe."""
     dtype = getattr(jnp, arguments.dtype)
@@ -146,12 +152,13 @@ def _compare(arguments: Any, prompts: Any, sampling: Sampling, text: Any) -> str
         speed = measure(model, generator, prompts, arguments.max_new_tokens, eos=())
         rows.append((name, speed, score(model, text) if text else None))
         del model, generator
-    header = f"{'':10}{'prefill':>16}{'decode':>16}{'weights':>12}"
+        gc.collect()  # A model has cycles, and its memory is not to count as the next one's.
+    header = f"{'':10}{'prefill':>16}{'decode':>16}{'weights':>12}{'memory':>12}"
     lines = [header + (f"{'perplexity':>12}{'agreement':>12}" if text else "")]
     for name, speed, scored in rows:
         line = (
             f"{name:10}{speed.prefill_rate:>12.0f} t/s{speed.decode_rate:>12.1f} t/s"
-            f"{speed.weight_bytes / 2**30:>8.2f} GiB"
+            f"{speed.weight_bytes / 2**30:>8.2f} GiB{_memory(speed) / 2**30:>8.2f} GiB"
         )
         if scored is not None and rows[0][2] is not None:
             same = np.mean(scored.predictions == rows[0][2].predictions)

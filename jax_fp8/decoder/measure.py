@@ -26,6 +26,7 @@ class Speed:
       decode_s: seconds for the new tokens.
       weight_bytes: of the model.
       cache_bytes: of the keys and values.
+      used_bytes: what the process has on the device as it writes, where that can be told.
       peak_bytes: the most that the process ever had on the device, where that can be told.
     """
 
@@ -35,6 +36,7 @@ class Speed:
     decode_s: float
     weight_bytes: int
     cache_bytes: int
+    used_bytes: int | None
     peak_bytes: int | None
 
     @property
@@ -51,6 +53,11 @@ class Speed:
 def weight_bytes(model: Decoder) -> int:
     """Bytes of a model's arrays."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+def _memory_stats(model: Decoder) -> dict[str, int]:
+    """Of its device, as XLA's allocator has them; a CPU has none."""
+    return next(iter(model.embedding[...].devices())).memory_stats() or {}
 
 
 def warm_up(generator: Generator, prompts: Sequence[Sequence[int]]) -> None:
@@ -79,16 +86,17 @@ def measure(
       eos: as of ``Generator.stream``.
       on_tokens: is called with each step's tokens.
     """
-    new = 0
+    new, stats = 0, dict[str, int]()
     start = first = time.perf_counter()
     for index, tokens in enumerate(generator.stream(prompts, count, eos=eos)):
         if index == 0:
             first = time.perf_counter()
+            stats = _memory_stats(model)  # Here the cache is one of what there is.
         else:
             new += int((tokens >= 0).sum())
         on_tokens(tokens)
     end = time.perf_counter()
-    c, stats = model.config, next(iter(model.embedding[...].devices())).memory_stats()
+    c = model.config
     per_position = 2 * c.layers * c.kv_heads * c.head_dim * np.dtype(model.dtype).itemsize
     return Speed(
         prompt_tokens=sum(map(len, prompts)),
@@ -97,5 +105,6 @@ def measure(
         decode_s=end - first,
         weight_bytes=weight_bytes(model),
         cache_bytes=per_position * generator.positions * len(prompts),
-        peak_bytes=stats.get("peak_bytes_in_use") if stats else None,
+        used_bytes=stats.get("bytes_in_use"),
+        peak_bytes=_memory_stats(model).get("peak_bytes_in_use"),
     )
