@@ -36,7 +36,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU")
     config.addinivalue_line("markers", "multigpu: needs two GPUs or more")
     config.addinivalue_line("markers", "slow: many numbers, or trains for long")
-    config.addinivalue_line("markers", "ends: many compilations")
+    config.addinivalue_line("markers", "ends: many programs")
     # Thousands of problems, few of which are about the choice of cublasLt's algorithm.
     import jax_fp8
 

@@ -7,7 +7,7 @@ three axes ``a``, ``b`` and ``c`` each has two.
 import pytest
 from mesh_cases import KINDS, check
 
-pytestmark = pytest.mark.ends
+pytestmark = pytest.mark.slow
 
 ROWS = """
 small = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(kind,) * 3)

@@ -14,7 +14,7 @@ import jax_fp8
 import jax_fp8.linen
 import jax_fp8.nnx
 
-pytestmark = pytest.mark.ends
+pytestmark = pytest.mark.slow
 
 SIZE = 3
 FLAX = (((1,), (0,)), ((), ()))

@@ -15,6 +15,8 @@ from cases import pair_id
 
 import jax_fp8
 
+pytestmark = pytest.mark.ends
+
 sizes = pytest.mark.parametrize("size", [0, 1, 3])
 granularities = pytest.mark.parametrize("granularity", ref.GRANULARITIES, ids=pair_id)
 FLAX = (((1,), (0,)), ((), ()))
