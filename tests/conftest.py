@@ -61,7 +61,7 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope="module")
 def optimized():
-    """Compiles as users do: for what is compared to the last bit, and for what runs long."""
+    """With XLA's optimizations: for what is compared to the last bit, and what runs long."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
