@@ -71,11 +71,16 @@ def _fused(granularity: Any, static: bool = False) -> Callable[..., State]:
     return block
 
 
-def _around(x: jax.Array, delta: jax.Array, norm: jax.Array, up: Any, down: Any) -> State:
+def _around(recipe: str) -> Callable[..., State]:
     """The block as two products with all else in them, where ``x`` has ``delta`` already."""
-    hidden = jax_fp8.fused_matmul(x, up, norm=norm, eps=EPS, activation="swiglu")
-    total = jax_fp8.fused_matmul(hidden, down, residual=x)
-    return total, total - x  # Which nothing but the comparison of errors takes.
+    multiply = functools.partial(jax_fp8.fused_matmul, recipe=recipe)
+
+    def block(x: jax.Array, delta: jax.Array, norm: jax.Array, up: Any, down: Any) -> State:
+        hidden = multiply(x, up, norm=norm, eps=EPS, activation="swiglu")
+        total = multiply(hidden, down, residual=x)
+        return total, total - x  # Which nothing but the comparison of errors takes.
+
+    return block
 
 
 def _scalar(scale: float | None) -> jax.Array | None:
@@ -101,17 +106,24 @@ VARIANTS: dict[str, tuple[str, operands.Prepare, Callable[..., State]]] = {
     "tensorwise": ("tensorwise", operands.tensor, _fused("tensor")),
     "static": ("static tensor scales", operands.tensor, _fused("tensor", static=True)),
     "weight_only": ("weight_only", operands.row, _plain(_matmul("weight_only"))),
-    "around": ("weight_only, all in its two products", operands.row, _around),
+    "around": ("weight_only, all in its two products", operands.row, _around("weight_only")),
+    "rowwise_around": ("rowwise, all in its two products", operands.row, _around("rowwise")),
     "unfused": ("rowwise, norm and SwiGLU by XLA", operands.row, _plain(_matmul("rowwise"))),
 }
 
 
-#: The variant that is made for few rows, and how many.
-AROUND, MOST_ROWS = "around", 8
+#: The variants that are made for few rows, and how many.
+MOST_ROWS = {"around": 8, "rowwise_around": 16}
+
+
+def start(m: int, name: str, size: tuple[int, int]) -> State:
+    """What the first of the blocks gets."""
+    x, delta = operands.normal(0, (m, size[0])), operands.normal(1, (m, size[0]))
+    return (x + delta, delta) if name in MOST_ROWS else (x, delta)
 
 
 def _variants(m: int) -> list[str]:
-    return [name for name in VARIANTS if name != AROUND or m <= MOST_ROWS]
+    return [name for name in VARIANTS if m <= MOST_ROWS.get(name, m)]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -146,10 +158,7 @@ def _prepare(m: int, name: str, size: tuple[int, int], blocks: _Blocks) -> timin
     _, prepare, block = VARIANTS[name]
     nbytes = weights_bytes(size)
     floor = timing.floor_us(nbytes, 2.0 * m * nbytes, "fp8")
-    state = (operands.normal(0, (m, size[0])), operands.normal(1, (m, size[0])))
-    if name == AROUND:
-        state = (state[0] + state[1], state[1])
-    return timing.Chains(block, state, blocks.get(prepare), floor, feed=True)
+    return timing.Chains(block, start(m, name, size), blocks.get(prepare), floor, feed=True)
 
 
 def run(shapes: str = "all") -> list[Row]:

@@ -50,7 +50,7 @@ def _blocks(m: int, variant: str, size: tuple[int, int], units: int) -> Work:
     """MLP blocks, one after the other."""
     _, prepare, block = mlp.VARIANTS[variant]
     weights = [mlp.block_weights(seed, size, prepare) for seed in range(mlp.LEAST_COPIES)]
-    state = (operands.normal(0, (m, size[0])), operands.normal(1, (m, size[0])))
+    state = mlp.start(m, variant, size)
     chain = jax.jit(timing.fed_chain(block, units))
     nbytes = mlp.weights_bytes(size) * (2 if variant == "bf16" else 1)
     return Work(lambda: chain(state, weights), units, nbytes)
@@ -88,7 +88,7 @@ def _works(shapes: str) -> Iterator[tuple[str, str, Callable[[], Work]]]:
     small = shapes == "smoke"
     size, units = mlp.SIZES[shapes], 2 if small else 32
     for m in (2,) if small else (1, 16):
-        for variant in ("bf16", "rowwise"):
+        for variant in ("bf16", "rowwise", "rowwise_around"):
             said = f"MLP block, M = {m}"
             yield said, variant, lambda m=m, v=variant: _blocks(m, v, size, units)
     problem = (32, 64, 48) if small else (8192, 14336, 4096)

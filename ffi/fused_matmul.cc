@@ -8,11 +8,14 @@
 
 #include "ffi/checks.h"
 #include "ffi/decode.h"
+#include "ffi/fused.h"
 #include "ffi/gemv.h"
 #include "ffi/handlers.h"
 #include "ffi/journal.h"
 #include "ffi/naive.h"
+#include "ffi/quantize.h"
 #include "ffi/small_m.h"
+#include "ffi/small_m_hopper.h"
 
 namespace jax_fp8 {
 namespace {
@@ -21,10 +24,14 @@ constexpr char kName[] = "jax_fp8_fused_matmul";
 
 struct Arguments {
   xffi::AnyBuffer x, x_scale, w, w_scale, bias, norm, residual;
-  xffi::AnyBuffer d, normalized, sums;  // The results; the last two are scratch.
+  // The results. All but the first are scratch: what is multiplied, in bfloat16, or quantized with
+  // scales of its rows; and the sums.
+  xffi::AnyBuffer d, multiplied, scales, sums;
   float eps;
   std::string_view activation, implementation;
   int64_t capability;
+
+  bool quantizes() const { return multiplied.element_type() == xffi::DataType::F8E4M3FN; }
 };
 
 bool is(const xffi::AnyBuffer& buffer, xffi::DataType type, const std::vector<int64_t>& shape) {
@@ -70,9 +77,12 @@ xffi::Error make(const Arguments& a, Product* p) {
     return invalid(kName, ": result and residual must be bfloat16", show(d), ", got ",
                    describe(a.d), " and ", describe(a.residual));
   }
-  if (!is(a.normalized, bf16, {p->m, p->k}) || !is(a.sums, f32, {p->m, p->n})) {
-    return invalid(kName, ": scratch must be bfloat16 for x and float32 for the product, got ",
-                   describe(a.normalized), " and ", describe(a.sums));
+  const std::vector<int64_t> scales = {a.quantizes() ? p->m : 0, 1};
+  if (!is(a.multiplied, a.quantizes() ? xffi::DataType::F8E4M3FN : bf16, x) ||
+      !is(a.scales, f32, scales) || !is(a.sums, f32, {p->m, p->n})) {
+    return invalid(kName, ": scratch must be bfloat16 for x, or float8_e4m3fn with float32 scales",
+                   " of its rows, and float32 for the product, got ", describe(a.multiplied), ", ",
+                   describe(a.scales), " and ", describe(a.sums));
   }
   if (!std::isfinite(a.eps) || a.eps < 0.0f) {
     return invalid(kName, ": eps must be finite and not negative, got ", a.eps);
@@ -103,17 +113,84 @@ xffi::Error make(const Arguments& a, Product* p) {
   return xffi::Error::Success();
 }
 
+// The product of what `prepare` makes, and what stands behind it.
+Product prepared(const Product& fused, const Arguments& a) {
+  Product p = fused;
+  if (a.quantizes() || fused.norm_weight != nullptr) {
+    p.x.data = static_cast<const uint8_t*>(a.multiplied.untyped_data());
+  }
+  if (a.quantizes()) {
+    p.x.scale = static_cast<const float*>(a.scales.untyped_data());
+    p.x.type = Type::kE4M3;
+    p.x.block_rows = 1;
+  }
+  p.norm_weight = nullptr;
+  return p;
+}
+
 // The bare product among the steps.
 Product product_of(const Product& fused, const Arguments& a) {
-  Product p = fused;
-  if (fused.norm_weight != nullptr) {
-    p.x.data = static_cast<const uint8_t*>(a.normalized.untyped_data());
-  }
+  Product p = prepared(fused, a);
   p.d = a.sums.untyped_data();
   p.d_type = Type::kF32;
-  p.norm_weight = p.residual = nullptr;
+  p.residual = nullptr;
   p.swiglu = false;
   return p;
+}
+
+// The norm and the quantization of x, as far as they are asked for.
+template <typename Normalize, typename Fuse, typename Cast>
+cudaError_t prepare(const Product& p, const Arguments& a, Normalize normalize, Fuse fuse,
+                    Cast cast) {
+  void* const data = a.multiplied.untyped_data();
+  if (!a.quantizes()) {
+    return p.norm_weight == nullptr ? cudaSuccess : normalize(p, static_cast<__nv_bfloat16*>(data));
+  }
+  auto* const scales = static_cast<float*>(a.scales.untyped_data());
+  if (p.norm_weight == nullptr) {
+    Quantize q{};
+    q.batch = 1, q.rows = p.m, q.cols = p.k;
+    q.block_rows = 1;
+    q.x = p.x.data, q.x_type = Type::kBF16;
+    q.data = static_cast<uint8_t*>(data), q.data_type = Type::kE4M3;
+    q.scale = scales;
+    return cast(q);
+  }
+  Fused f{};
+  f.producer = Producer::kRmsNorm;
+  f.batch = 1, f.rows = p.m, f.cols = p.k;
+  f.block_rows = 1;
+  f.x = p.x.data, f.x_type = Type::kBF16;
+  f.weight = p.norm_weight, f.weight_type = Type::kBF16;
+  f.eps = p.eps;
+  f.data = static_cast<uint8_t*>(data), f.data_type = Type::kE4M3;
+  f.scale = scales;
+  return fuse(f);
+}
+
+cudaError_t prepare_on_host(const Product& p, const Arguments& a) {
+  const auto done = [](auto function) {
+    return [function](auto&&... arguments) {
+      function(arguments...);
+      return cudaSuccess;
+    };
+  };
+  return prepare(p, a, done(normalize_host), done(fused_host), done(quantize_host));
+}
+
+cudaError_t prepare_on_device(const Product& p, const Arguments& a, cudaStream_t stream) {
+  const auto on_stream = [stream](auto function) {
+    return [function, stream](auto&&... arguments) { return function(arguments..., stream); };
+  };
+  return prepare(p, a, on_stream(normalize_device), on_stream(fused_device),
+                 on_stream(quantize_device));
+}
+
+// Why small_m_hopper cannot compute all of it behind a quantization; empty if it can.
+std::string refusal_quantized(const Product& p, int capability) {
+  const std::string reason = small_m_refusal(p, capability);
+  if (!reason.empty() || small_m_hopper_supports(p, capability)) return reason;
+  return "quantized, it takes M <= 16, with compute capability 9.0";
 }
 
 // Why gemv cannot compute all of it in one; empty if it can.
@@ -129,7 +206,8 @@ std::string refusal(const Product& p, int capability) {
   return reason;
 }
 
-void note_fused(const Product& p, const char* platform, const char* implementation) {
+void note_fused(const Product& p, bool quantizes, const char* platform,
+                const char* implementation) {
   note({{"operation", "fused_matmul"},
         {"implementation", implementation},
         {"platform", platform},
@@ -137,8 +215,8 @@ void note_fused(const Product& p, const char* platform, const char* implementati
         {"dtypes",
          std::vector<std::string>{type_name(p.x.type), type_name(p.w.type), type_name(p.d_type)}},
         {"granularity", granularity_name(p.w.block_rows, p.w.block_cols)},
-        {"parts", join(p.norm_weight != nullptr ? "norm, " : "", "product",
-                       p.bias != nullptr ? ", bias" : "", p.swiglu ? ", swiglu" : "",
+        {"parts", join(p.norm_weight != nullptr ? "norm, " : "", quantizes ? "quantize, " : "",
+                       "product", p.bias != nullptr ? ", bias" : "", p.swiglu ? ", swiglu" : "",
                        p.residual != nullptr ? ", residual" : "")}});
 }
 
@@ -146,11 +224,9 @@ xffi::Error run_on_cpu(const Arguments& a) {
   return guarded(kName, [&]() -> xffi::Error {
     Product p{};
     if (auto error = make(a, &p); error.failure()) return error;
-    note_fused(p, "cpu", "naive");
+    note_fused(p, a.quantizes(), "cpu", "naive");
     const ScopedSubnormals subnormals;
-    if (p.norm_weight != nullptr) {
-      normalize_host(p, static_cast<__nv_bfloat16*>(a.normalized.untyped_data()));
-    }
+    prepare_on_host(p, a);
     naive_host(product_of(p, a));
     finish_host(p, static_cast<const float*>(a.sums.untyped_data()));
     return xffi::Error::Success();
@@ -159,11 +235,7 @@ xffi::Error run_on_cpu(const Arguments& a) {
 
 cudaError_t run_steps(const Product& fused, const Arguments& a, int capability,
                       cudaStream_t stream) {
-  cudaError_t error = cudaSuccess;
-  if (fused.norm_weight != nullptr) {
-    error =
-        normalize_device(fused, static_cast<__nv_bfloat16*>(a.normalized.untyped_data()), stream);
-  }
+  cudaError_t error = prepare_on_device(fused, a, stream);
   if (error != cudaSuccess) return error;
   const Product p = product_of(fused, a);
   const bool decodes = decode_refusal(p, capability).empty();
@@ -184,18 +256,22 @@ xffi::Error run_on_cuda(cudaStream_t stream, int32_t ordinal, const Arguments& a
       const cudaError_t error = device_capability(ordinal, &capability);
       if (error != cudaSuccess) return from_cuda(kName, error);
     }
-    const std::string reason = refusal(p, capability);
+    const Product after = prepared(p, a);
+    const std::string reason =
+        a.quantizes() ? refusal_quantized(after, capability) : refusal(p, capability);
     const bool is_named = a.implementation == "kernel";
     if (reason.empty() && (is_named || capability / 10 == 9)) {  // Where it was measured.
-      note_fused(p, "cuda", "gemv");
-      return from_cuda(kName, small_m_matmul(p, capability, stream));
+      note_fused(p, a.quantizes(), "cuda", a.quantizes() ? "small_m" : "gemv");
+      if (!a.quantizes()) return from_cuda(kName, small_m_matmul(p, capability, stream));
+      const cudaError_t error = prepare_on_device(p, a, stream);
+      return from_cuda(kName, error == cudaSuccess ? small_m_hopper(after, stream, true) : error);
     }
     if (is_named) {
       return xffi::Error(xffi::ErrorCode::kUnimplemented,
                          join(kName, ": implementation 'kernel' cannot multiply x ", describe(a.x),
                               " by w ", describe(a.w), ": ", reason));
     }
-    note_fused(p, "cuda", "steps");
+    note_fused(p, a.quantizes(), "cuda", "steps");
     return from_cuda(kName, run_steps(p, a, capability, stream));
   });
 }
@@ -204,19 +280,19 @@ using Buffer = xffi::AnyBuffer;
 using Result = xffi::Result<xffi::AnyBuffer>;
 
 xffi::Error cpu(Buffer x, Buffer x_scale, Buffer w, Buffer w_scale, Buffer bias, Buffer norm,
-                Buffer residual, Result d, Result normalized, Result sums, float eps,
+                Buffer residual, Result d, Result multiplied, Result scales, Result sums, float eps,
                 std::string_view activation, std::string_view implementation, int64_t capability) {
-  return run_on_cpu({x, x_scale, w, w_scale, bias, norm, residual, *d, *normalized, *sums, eps,
-                     activation, implementation, capability});
+  return run_on_cpu({x, x_scale, w, w_scale, bias, norm, residual, *d, *multiplied, *scales, *sums,
+                     eps, activation, implementation, capability});
 }
 
 xffi::Error cuda(cudaStream_t stream, int32_t ordinal, Buffer x, Buffer x_scale, Buffer w,
                  Buffer w_scale, Buffer bias, Buffer norm, Buffer residual, Result d,
-                 Result normalized, Result sums, float eps, std::string_view activation,
-                 std::string_view implementation, int64_t capability) {
+                 Result multiplied, Result scales, Result sums, float eps,
+                 std::string_view activation, std::string_view implementation, int64_t capability) {
   return run_on_cuda(stream, ordinal,
-                     {x, x_scale, w, w_scale, bias, norm, residual, *d, *normalized, *sums, eps,
-                      activation, implementation, capability});
+                     {x, x_scale, w, w_scale, bias, norm, residual, *d, *multiplied, *scales, *sums,
+                      eps, activation, implementation, capability});
 }
 
 template <typename Binding>
@@ -229,6 +305,7 @@ auto bind_buffers(Binding binding) {
       .template Arg<Buffer>()
       .template Arg<Buffer>()
       .template Arg<Buffer>()
+      .template Ret<Buffer>()
       .template Ret<Buffer>()
       .template Ret<Buffer>()
       .template Ret<Buffer>()

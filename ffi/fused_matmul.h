@@ -4,8 +4,9 @@
 //   D = residual + swiglu(rms_norm(X) W^T + bias)
 //
 // gemv.h has it as one kernel, which multiplies X by the norm's weight in bfloat16, and the sums by
-// 1 / RMS. Here are the steps before and after a bare product, for where that does not run: what
-// they round to bfloat16 is the normalized X.
+// 1 / RMS. Or the normalized X is quantized to E4M3 with scales of its rows: small_m_hopper.h has
+// all behind that, and reads W while the quantization runs. Here are the steps before and after a
+// bare product, for where neither runs: what they round to bfloat16 is the normalized X.
 #pragma once
 
 #include <cuda_runtime_api.h>

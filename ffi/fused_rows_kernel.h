@@ -6,6 +6,7 @@
 
 #include <utility>
 
+#include "ffi/follow.h"
 #include "ffi/fused_kernels.h"
 
 namespace jax_fp8::fused {
@@ -97,6 +98,7 @@ __device__ __forceinline__ void run_rows(const Fused& f, Pass asked,
     return static_cast<unsigned>(row) < static_cast<unsigned>(rows);
   };
   if (is_row(row)) fetch(at);
+  let_follow();  // Not before: what follows would read ahead of these.
 
   // All amaxes begin at zero. That this is so is not waited for before the first one is known.
   const auto grid = cooperative_groups::this_grid();

@@ -117,12 +117,6 @@ __device__ inline void add_shared(float* values, uint32_t address) {
   values[3] += more.w;
 }
 
-// The two halves of cluster_sync, for barriers that barrier_init_fence has fenced.
-__device__ inline void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
-}
-__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
-
 // True in one lane of the warp, all of which must call it. Unlike a comparison of lanes it lets the
 // compiler keep what that lane does in uniform registers, which TMA reads.
 __device__ inline bool elect_lane() {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "ffi/follow.h"
 #include "ffi/quantize_kernels.h"
 
 namespace jax_fp8 {
@@ -66,6 +67,7 @@ __global__ void __launch_bounds__(kMaxThreads) row_kernel(Quantize q) {
       held[i] = {};
     }
   }
+  let_follow();  // Not before: what follows would read ahead of these.
   uint32_t largest = 0;
   if (q.given == nullptr || q.amax != nullptr) {
 #pragma unroll

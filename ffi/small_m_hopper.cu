@@ -1,6 +1,8 @@
 #include <algorithm>
 
 #include "ffi/finish.h"
+#include "ffi/follow.h"
+#include "ffi/fused.h"
 #include "ffi/hopper.h"
 #include "ffi/small_m_device.h"
 #include "ffi/small_m_hopper.h"
@@ -15,9 +17,9 @@ constexpr int kThreads = 128 * (kGroups + 1);
 constexpr int kTileRows = 32;  // Of W.
 constexpr int kChunk = 256;    // Codes of a row that a group takes at once.
 constexpr int kSlot = kTileRows * kChunk;
-constexpr int kMaxRounds = 16;          // Of chunks, in a tile.
+constexpr int kMaxXSlots = 15;          // Chunks of X that a group has at once, at most.
 constexpr int kStride = kTileRows + 4;  // Between columns of sums, so that no bank is met twice.
-constexpr int kMaxRanks = 4;            // Blocks of a cluster.
+constexpr int kBuffers = 2;             // For the sums of tiles.
 constexpr int kMostBytes = (227 << 10) - 1024;  // Of shared memory; the rest is for barriers.
 
 // Chunks of W that a group has on their way, bytes of X that belong to one, and floats of a group's
@@ -82,83 +84,61 @@ __device__ void multiply(float (&d)[16], const uint32_t (&a)[4], uint64_t b) {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(add ? 1 : 0));
 }
 
-// --- Between the blocks of a cluster -------------------------------------------------------------
-
-// In the shared memory of block `rank`, what is at `address` in this one's.
-__device__ uint32_t address_in(uint32_t address, int rank) {
-  uint32_t remote;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-  return remote;
-}
-
-// Counts as 4 bytes at a barrier of the block that it stores to.
-__device__ void store_in(uint32_t remote, float value, uint32_t remote_barrier) {
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
-          remote),
-      "r"(float_bits(value)), "r"(remote_barrier)
-      : "memory");
-}
 #endif
 
 // --- The kernel ----------------------------------------------------------------------------------
 
-struct Split {
-  int tiles;   // Of rows of W.
-  int chunks;  // Of K, in each block of a cluster.
-};
-
-// The blocks of a cluster share K; clusters go through tiles of rows, every so many-th one. Within
-// a block, groups take the chunks of K in turns. A group keeps the X that its chunks need, which
-// comes but once, and W streams through a ring of its own: its warps wait for nobody but the
-// memory. The sums of a tile meet in the shared memory of one block, where the last group adds them
-// up while the others are in the tiles after it.
+// Blocks go through tiles of rows, every so many-th one. Within a block, groups take the chunks of
+// K in turns. W streams through a ring of each group's own. So does X, but that it stays where the
+// ring has room for all that its group takes; so warps wait for nobody but the memory. The sums of
+// a tile meet in shared memory, where the last group adds them up while the others are in the tiles
+// after it.
 //
 // Memory is at its best where 256 bytes of a row are read at once. An mma has 64 rows: these are 32
 // rows of W, twice, each half of a chunk for itself; likewise its columns are the columns of X, for
 // the first half and for the second. A half of its sums are of halves that do not belong together.
 //
 // The tensor cores' sums have few bits: a thread adds them up in float32 after 128 products.
-template <int columns, bool clustered>
+//
+// For a SwiGLU a tile is 16 rows of gates and the 16 that go with them, 16 columns of D.
+//
+// Where it follows the kernel that writes X, all but X is under way while that one runs.
+template <int columns, bool x_stays>
 __global__ void __launch_bounds__(kThreads)
-    small_m_hopper_kernel(Product p, Split split, const __grid_constant__ CUtensorMap x_map) {
+    small_m_hopper_kernel(Product p, int x_slots, const __grid_constant__ CUtensorMap x_map) {
 #if __CUDA_ARCH__ == 900
-  constexpr int kBuffers = clustered ? 1 : 2;  // For the sums of tiles, in each block.
   constexpr int kDepth = depth_of(columns), kXChunk = x_chunk(columns),
                 kSums = sums_of_group(columns);
   extern __shared__ __align__(1024) uint8_t memory[];
-  __shared__ uint64_t x_barriers[kGroups][kMaxRounds], full_barrier;
-  __shared__ uint64_t empty_barriers[clustered ? kMaxRanks : kBuffers];
+  __shared__ uint64_t x_full_barriers[kGroups][kMaxXSlots], x_read_barriers[kGroups][kMaxXSlots];
+  __shared__ uint64_t sums_read_barriers[kBuffers];
 
   const int thread = static_cast<int>(threadIdx.x), group = thread / 128, lane = thread % 32;
   const int b = static_cast<int>(blockIdx.y);
   const int k_size = static_cast<int>(p.k), m_size = static_cast<int>(p.m);
-  const int n_size = static_cast<int>(p.n);
-  const int rank = clustered ? hopper::cluster_rank() : 0;
-  const int ranks = clustered ? hopper::cluster_size() : 1;
-  const int first_n = static_cast<int>(blockIdx.x) / ranks * kTileRows;
-  const int step_n = static_cast<int>(gridDim.x) / ranks * kTileRows;
-  const int first_k = rank * split.chunks * kChunk;
-  const int last_k = min(k_size, first_k + split.chunks * kChunk);
-  const int rounds = (split.chunks + kGroups - 1) / kGroups;
+  const int d_columns = static_cast<int>(p.d_columns());
+  const int tile_columns = p.swiglu ? kTileRows / 2 : kTileRows;
+  const int first_n = static_cast<int>(blockIdx.x) * tile_columns;
+  const int step_n = static_cast<int>(gridDim.x) * tile_columns;
+  const int chunks = (k_size + kChunk - 1) / kChunk, rounds = (chunks + kGroups - 1) / kGroups;
   const uint32_t x_memory = hopper::shared_address(memory);
-  const uint32_t ring = x_memory + split.chunks * kXChunk;
+  const uint32_t ring = x_memory + kGroups * x_slots * kXChunk;
   float* const sums_memory =
-      reinterpret_cast<float*>(memory + split.chunks * kXChunk + kDepth * kGroups * kSlot);
-  const uint32_t full = hopper::shared_address(&full_barrier);
-  const uint32_t empty = hopper::shared_address(empty_barriers);
+      reinterpret_cast<float*>(memory + kGroups * (x_slots * kXChunk + kDepth * kSlot));
+  const uint32_t sums_read = hopper::shared_address(sums_read_barriers);
 
   // W: 16 threads copy the chunk of a row, and of every second row after it.
   const int warp_row = thread % 128 / 32 * 8, own_row = warp_row + lane / 16;
-  const int own_k = first_k + group * kChunk + lane % 16 * 16;
+  const int own_k = group * kChunk + lane % 16 * 16;
   const uint32_t own_ring = ring + group * (kDepth * kSlot);
   const uint64_t policy = policy_read_once();
-  int fetch_n = first_n + own_row, fetch_k = own_k;
-  const uint8_t* w = p.w.data + (b * p.n + fetch_n) * k_size;
+  const bool gated = p.swiglu && warp_row >= kTileRows / 2;  // What goes with the gates.
+  int fetch_n = first_n + own_row - (gated ? kTileRows / 2 : 0), fetch_k = own_k;
+  const uint8_t* w = p.w.data + (b * p.n + fetch_n + (gated ? d_columns : 0)) * k_size;
   const auto fetch = [&](int slot) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const bool exists = fetch_k < last_k && fetch_n + 2 * i < n_size;
+      const bool exists = fetch_k < k_size && fetch_n + 2 * i < d_columns;
       const uint8_t* const source = w + 2 * i * int64_t{k_size} + fetch_k;
       copy_pack(own_ring + slot * kSlot + place(own_row + 2 * i, lane % 16),
                 exists ? source : p.w.data, exists, policy);
@@ -172,83 +152,77 @@ __global__ void __launch_bounds__(kThreads)
     }
   };
 
+  // X: the chunks that a group takes, one a round, of which it has so many slots.
+  const int own_rounds = (chunks - group + kGroups - 1) / kGroups;
+  const int own_x = group % kGroups * x_slots;  // The first of its slots.
+  const uint32_t x_full = hopper::shared_address(x_full_barriers[group % kGroups]);
+  const uint32_t x_read = hopper::shared_address(x_read_barriers[group % kGroups]);
+  const bool copies_x = group < kGroups && thread % 128 == 0;
+  const auto copy_x = [&](int slot, int round) {
+    hopper::barrier_expect(x_full + 8 * slot, kXChunk);
+    for (int half = 0; half < 2; ++half) {
+      hopper::copy_in(x_memory + (own_x + slot) * kXChunk + half * (kXChunk / 2), x_map,
+                      x_full + 8 * slot, (round * kGroups + group) * kChunk + half * (kChunk / 2),
+                      0, b);
+    }
+  };
+
   // X goes behind the first of W, but not behind all, whose queue is long.
   if (group < kGroups) {
 #pragma unroll
     for (int slot = 0; slot < kDepth - 1; ++slot) fetch(slot);
   }
   if (thread == 0) {
-    if constexpr (clustered) hopper::barrier_init(full, 1);
-    for (int i = 0; i < kBuffers * ranks; ++i) {
-      hopper::barrier_init(empty + 8 * i, clustered ? 1 : 128);
-    }
+    for (int i = 0; i < kBuffers; ++i) hopper::barrier_init(sums_read + 8 * i, 128);
   }
-  const uint32_t x_full = hopper::shared_address(x_barriers[group % kGroups]);
-  if (group < kGroups && thread % 128 == 0) {
-    for (int round = 0; round < rounds; ++round) hopper::barrier_init(x_full + 8 * round, 1);
-    hopper::barrier_init_fence();
-    hopper::copy_out_fence();
-    for (int round = 0; round < rounds; ++round) {
-      const int chunk = round * kGroups + group;
-      if (chunk >= split.chunks) break;
-      hopper::barrier_expect(x_full + 8 * round, kXChunk);
-      for (int half = 0; half < 2; ++half) {
-        hopper::copy_in(x_memory + chunk * kXChunk + half * (kXChunk / 2), x_map,
-                        x_full + 8 * round, first_k + chunk * kChunk + half * (kChunk / 2), 0, b);
-      }
+  if (copies_x) {
+    for (int slot = 0; slot < x_slots; ++slot) {
+      hopper::barrier_init(x_full + 8 * slot, 1);
+      hopper::barrier_init(x_read + 8 * slot, 4);  // Warps.
     }
+    hopper::barrier_init_fence();
+    wait_for_kernel_in_front();
+    hopper::copy_out_fence();
+    for (int slot = 0; slot < min(own_rounds, x_slots); ++slot) copy_x(slot, slot);
   }
   __syncthreads();
-  if constexpr (clustered) hopper::cluster_arrive();
 
-  // The tile of a turn is finished by block turn % ranks, in one of its buffers.
+  // The tile of a turn has one of the buffers.
   if (group == kGroups) {
     const int row = thread % kTileRows, first_m = thread % 128 / kTileRows;
+    const bool is_gated = p.swiglu && row >= kTileRows / 2;
     float x_scales[columns / 4], largest = 0.0f;
+    wait_for_kernel_in_front();
 #pragma unroll
     for (int i = 0; i < columns / 4; ++i) {
       x_scales[i] = first_m + 4 * i < m_size ? p.x.scale_at(b, first_m + 4 * i, 0) : 0.0f;
     }
-    if constexpr (clustered) hopper::cluster_wait();
     int turn = 0;
-    for (int tile_n = first_n; tile_n < n_size; tile_n += step_n, ++turn) {
-      if (turn % ranks != rank) continue;
-      const int use = turn / ranks, buffer = use % kBuffers;
-      if (clustered && thread % 128 == 0) {
-        hopper::barrier_expect(full, ranks * kGroups * columns * kTileRows * 4);
-      }
-      const int n = tile_n + row;
-      const float w_scale = n < n_size ? p.w.scale_at(b, n, 0) : 0.0f;
-      const float* const sums =
-          sums_memory + buffer * ranks * kGroups * kSums + first_m * kStride + row;
+    for (int tile_n = first_n; tile_n < d_columns; tile_n += step_n, ++turn) {
+      const int buffer = turn % kBuffers;
+      const int column = tile_n + row - (is_gated ? kTileRows / 2 : 0);  // Of D.
+      const int n = column + (is_gated ? d_columns : 0);
+      const float w_scale = column < d_columns ? p.w.scale_at(b, n, 0) : 0.0f;
+      const float* const sums = sums_memory + buffer * kGroups * kSums + first_m * kStride + row;
       float totals[columns / 4] = {};
-      if constexpr (clustered) {
-        hopper::barrier_wait(full, use % 2);
-      } else {
-        hopper::threads_sync(1 + buffer, kThreads);
-      }
-      for (int r = 0; r < ranks; ++r) {
+      hopper::threads_sync(1 + buffer, kThreads);
 #pragma unroll
-        for (int g = 0; g < kGroups; ++g) {
+      for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
-          for (int i = 0; i < columns / 4; ++i) {
-            totals[i] += sums[(r * kGroups + g) * kSums + 4 * i * kStride];
-          }
-        }
+        for (int i = 0; i < columns / 4; ++i) totals[i] += sums[g * kSums + 4 * i * kStride];
       }
-      const uint32_t read = empty + turn % (kBuffers * ranks) * 8;
-      if constexpr (clustered) {
-        hopper::threads_sync(1, 128);
-        if (thread % 128 < ranks) hopper::barrier_arrive(read, thread % 128);
-      } else {
-        hopper::barrier_arrive(read);
-      }
+      hopper::barrier_arrive(sums_read + 8 * buffer);
 #pragma unroll
       for (int i = 0; i < columns / 4; ++i) {
         const int m = first_m + 4 * i;
-        if (m >= m_size || n >= n_size) continue;
-        const float value = finish(p, apply_scales(totals[i], x_scales[i], w_scale), n);
-        store(p, value, (int64_t{b} * m_size + m) * n_size + n);
+        const bool exists = m < m_size && column < d_columns;
+        float value = apply_scales(totals[i], x_scales[i], w_scale);
+        if (exists) value = finish(p, value, n);
+        if (p.swiglu) value = silu(value) * __shfl_down_sync(0xffffffffu, value, kTileRows / 2);
+        if (!exists || is_gated) continue;
+        const int64_t place = (int64_t{b} * m_size + m) * d_columns + column;
+        if (p.residual != nullptr) value += __bfloat162float(p.residual[place]);
+        store(p, value, place);
         largest = bits_float(max(float_bits(largest), float_bits(fabsf(value))));
       }
     }
@@ -265,18 +239,24 @@ __global__ void __launch_bounds__(kThreads)
     }
     const bool second_half = lane / 4 % 2 == 1;
     int turn = 0, slot = 0;
-    for (int tile_n = first_n; tile_n < n_size; tile_n += step_n, ++turn) {
+    [[maybe_unused]] int x_slot = 0, x_parity = 0;
+    // The round that X is copied for next, and how often, from here on.
+    [[maybe_unused]] int refill = x_slots < own_rounds ? x_slots : 0;
+    [[maybe_unused]] int refills = ((d_columns - 1 - first_n) / step_n + 1) * own_rounds - x_slots;
+    for (int tile_n = first_n; tile_n < d_columns; tile_n += step_n, ++turn) {
       float sums[columns / 2] = {};
       for (int round = 0; round < rounds; ++round, slot = slot + 1 < kDepth ? slot + 1 : 0) {
         const int chunk = round * kGroups + group;
         wait_for_packs<kDepth - 1>();
         __syncwarp();
-        if (chunk < split.chunks) {
-          if (turn == 0) hopper::barrier_wait(x_full + 8 * round, 0);
+        if (chunk < chunks) {
+          if constexpr (x_stays) x_slot = round;
+          if (turn == 0 || !x_stays) hopper::barrier_wait(x_full + 8 * x_slot, x_parity);
           uint32_t a[4][4];
 #pragma unroll
           for (int i = 0; i < 4; ++i) load_matrices(a[i], fragments[i] + slot * kSlot);
-          const uint64_t matrix = x_matrix + chunk * (kXChunk / 16);  // In units of 16 bytes.
+          // In units of 16 bytes.
+          const uint64_t matrix = x_matrix + (own_x + x_slot) * (kXChunk / 16);
           float products[columns];
           hopper::multiply_fence();
           multiply<false>(products, a[0], matrix);
@@ -290,6 +270,18 @@ __global__ void __launch_bounds__(kThreads)
           for (int i = 0; i < columns / 2; ++i) {
             sums[i] += second_half ? products[columns / 2 + i] : products[i];
           }
+          if constexpr (!x_stays) {
+            if (lane == 0) hopper::barrier_arrive(x_read + 8 * x_slot);
+            // The slot of the round before, which the other warps will have read.
+            const int before = x_slot > 0 ? x_slot - 1 : x_slots - 1;
+            if (copies_x && refills > 0 && turn + round > 0) {
+              hopper::barrier_wait(x_read + 8 * before, x_parity ^ (x_slot == 0));
+              copy_x(before, refill);
+              --refills;
+              if (++refill == own_rounds) refill = 0;
+            }
+            if (++x_slot == x_slots) x_slot = 0, x_parity ^= 1;
+          }
         } else {
           fetch(slot);
         }
@@ -297,14 +289,10 @@ __global__ void __launch_bounds__(kThreads)
 
       // A thread has two rows of W, of one half; its neighbour has the same ones of the other. Each
       // gets one row of both.
-      const int finisher = turn % ranks, buffer = turn / ranks % kBuffers;
-      const int place_in_turn = turn % (kBuffers * ranks);
-      if (clustered && turn == 0) hopper::cluster_wait();
-      hopper::barrier_wait(empty + 8 * place_in_turn, turn / (kBuffers * ranks) % 2 ^ 1);
-      float* const own = sums_memory + ((buffer * ranks + rank) * kGroups + group) * kSums +
-                         lane % 4 * 2 * kStride + warp_row + lane / 8 + (second_half ? 4 : 0);
-      [[maybe_unused]] const uint32_t remote = address_in(hopper::shared_address(own), finisher);
-      [[maybe_unused]] const uint32_t remote_full = address_in(full, finisher);
+      const int buffer = turn % kBuffers;
+      hopper::barrier_wait(sums_read + 8 * buffer, turn / kBuffers % 2 ^ 1);
+      float* const own = sums_memory + (buffer * kGroups + group) * kSums + lane % 4 * 2 * kStride +
+                         warp_row + lane / 8 + (second_half ? 4 : 0);
 #pragma unroll
       for (int i = 0; i < columns / 8; ++i) {
 #pragma unroll
@@ -312,87 +300,72 @@ __global__ void __launch_bounds__(kThreads)
           const float upper = sums[4 * i + j], lower = sums[4 * i + 2 + j];
           const float total = (second_half ? lower : upper) +
                               __shfl_xor_sync(0xffffffffu, second_half ? upper : lower, 4);
-          if constexpr (clustered) {
-            store_in(remote + (8 * i + j) * kStride * 4, total, remote_full);
-          } else {
-            own[(8 * i + j) * kStride] = total;
-          }
+          own[(8 * i + j) * kStride] = total;
         }
       }
-      if constexpr (!clustered) hopper::threads_arrive(1 + buffer, kThreads);
+      hopper::threads_arrive(1 + buffer, kThreads);
     }
     wait_for_packs<0>();  // Zeros, of tiles that do not exist.
   }
-  if constexpr (clustered) hopper::cluster_sync();  // Others may still store and arrive here.
 #endif
 }
 
 // --- The launch ----------------------------------------------------------------------------------
 
-// With X and its sums in the shared memory of `ranks` blocks: how K is split, and the bytes; 0 if
-// it does not fit.
-int bytes_of(const Product& p, int columns, int ranks, Split* split) {
-  split->tiles = static_cast<int>(ceil_div(p.n, kTileRows));
-  split->chunks = static_cast<int>(ceil_div(ceil_div(p.k, kChunk), ranks));
-  const int64_t buffers = ranks > 1 ? ranks : 2;
-  const int64_t bytes = int64_t{split->chunks} * x_chunk(columns) +
-                        depth_of(columns) * kGroups * kSlot +
-                        buffers * kGroups * sums_of_group(columns) * 4;
-  return bytes <= kMostBytes && split->chunks <= kGroups * kMaxRounds ? static_cast<int>(bytes) : 0;
-}
-
 template <int columns>
-cudaError_t launch(const Product& p, int processors, cudaStream_t stream) {
-  Split split;
-  int bytes, ranks = 1;  // More than X needs to fit were slower, where N is 4096 and more.
-  while ((bytes = bytes_of(p, columns, ranks, &split)) == 0) ranks *= 2;
+cudaError_t launch(const Product& p, int processors, bool follows, cudaStream_t stream) {
   CUtensorMap x_map;
   if (!encode_map(&x_map, p.x.data, p.x.type, p.batch, p.m, p.k, columns, kChunk / 2)) {
     return cudaErrorInvalidValue;
   }
-  const auto kernel =
-      ranks > 1 ? small_m_hopper_kernel<columns, true> : small_m_hopper_kernel<columns, false>;
+  constexpr int x_slot = kGroups * x_chunk(columns);
+  constexpr int others =
+      kGroups * (depth_of(columns) * kSlot + kBuffers * sums_of_group(columns) * 4);
+  constexpr int most_slots = std::min((kMostBytes - others) / x_slot, kMaxXSlots);
+  static_assert(most_slots > 1);
+  const int64_t rounds = ceil_div(p.k, kGroups * kChunk);
+  const int x_slots = static_cast<int>(std::min<int64_t>(rounds, most_slots));
+  const auto kernel = rounds <= most_slots ? small_m_hopper_kernel<columns, true>
+                                           : small_m_hopper_kernel<columns, false>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostBytes);
   if (error != cudaSuccess) return error;
-  const int64_t clusters = std::clamp<int64_t>(processors / ranks / p.batch, 1, split.tiles);
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(ranks);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  const int64_t tiles = ceil_div(p.n, kTileRows);  // Of two halves for a SwiGLU.
+  const int64_t blocks = std::clamp<int64_t>(processors / p.batch, 1, tiles);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(clusters * ranks), static_cast<unsigned>(p.batch));
+  config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(p.batch));
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  config.dynamicSmemBytes = static_cast<size_t>(others + x_slots * x_slot);
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = ranks > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, p, split, x_map);
+  config.attrs = &early;
+  config.numAttrs = follows ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, p, x_slots, x_map);
 }
 
 }  // namespace
 
 bool small_m_hopper_supports(const Product& p, int capability) {
-  Split split;
   return capability == 90 && p.m <= 16 && p.x.type == Type::kE4M3 && p.w.type == Type::kE4M3 &&
-         !p.blocks() && p.k % 16 == 0 && bytes_of(p, p.m <= 8 ? 8 : 16, kMaxRanks, &split) > 0 &&
-         hopper::is_device();
+         !p.blocks() && p.k > 0 && p.k % 16 == 0 && hopper::is_device();
 }
 
 bool small_m_hopper_wins(const Product& p) {
-  // Measured with 4096 rows of W and more, and with one block and with two that share K.
-  Split split;
-  return p.n >= 2048 && p.k >= 1024 && bytes_of(p, p.m <= 8 ? 8 : 16, 2, &split) > 0;
+  // Where it was measured.
+  return p.n >= 2048 && p.k >= 1024 && p.k <= (p.m <= 8 ? 30720 : 18432);
 }
 
-cudaError_t small_m_hopper(const Product& p, cudaStream_t stream) {
+cudaError_t small_m_hopper(const Product& p, cudaStream_t stream, bool follows) {
   int device, processors;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   }
   if (error != cudaSuccess) return error;
-  return p.m <= 8 ? launch<8>(p, processors, stream) : launch<16>(p, processors, stream);
+  return p.m <= 8 ? launch<8>(p, processors, follows, stream)
+                  : launch<16>(p, processors, follows, stream);
 }
 
 }  // namespace jax_fp8

@@ -7,6 +7,8 @@ import numpy as np
 import references as ref
 from cases import operand, sample, scaled
 
+import jax_fp8
+
 PARTS = ("norm", "bias", "swiglu", "residual")
 COMBINATIONS = [c for size in range(5) for c in itertools.combinations(PARTS, size)]
 ALL = COMBINATIONS[-1]
@@ -16,12 +18,38 @@ EPS = 1e-5
 BF16_ROUNDING = 2.0**-8
 
 
-def expected(x, w, norm=None, bias=None, activation=None, residual=None, eps=EPS, first=False):
-    """The result in float64, and what it may be off by before it is rounded."""
+def quantized(x, norm=None, eps=EPS, implementation=None):
+    """What the recipe ``"rowwise"`` multiplies, for ``expected``."""
+    options = {"granularity": "row", "implementation": implementation}
+    if norm is None:
+        return jax_fp8.quantize(x, **options)
+    return jax_fp8.rms_norm_quantize(x, norm, eps=eps, **options)
+
+
+def expected(
+    x,
+    w,
+    norm=None,
+    bias=None,
+    activation=None,
+    residual=None,
+    eps=EPS,
+    first=False,
+    multiplied=None,
+    is_other=False,
+):
+    """The result in float64, and what it may be off by before it is rounded.
+
+    ``first`` and ``multiplied`` say what is multiplied by w: the bfloat16 x times the norm's
+    weight, or this in FP8, of which an element may be ``is_other``, next to it; else the norm in
+    bfloat16.
+    """
     dtype = np.asarray(x).dtype
     wide, weights = np.asarray(x).astype(np.float64), ref.values(w)
     h, factor, ties = wide, 1.0, 0.0
-    if norm is not None:
+    if multiplied is not None:
+        h, ties = ref.values(multiplied), 2.0**-3 * is_other
+    elif norm is not None:
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             squares = np.square(wide).sum(-1, keepdims=True)
             squares = np.where(np.isfinite(np.float32(squares)), squares, np.nan)
@@ -37,7 +65,10 @@ def expected(x, w, norm=None, bias=None, activation=None, residual=None, eps=EPS
         y = h @ weights.T * factor
         magnitudes = np.abs(h) @ np.abs(weights).T * factor
         largest = (np.abs(h)[..., None, :] * np.abs(weights)).max(-1) if ties else 0.0
-    error = ref.sum_error(magnitudes, x.shape[-1]) + ties * largest + 8 * 2.0**-24 * np.abs(y)
+    sums = ref.sum_error(magnitudes, x.shape[-1])
+    if multiplied is not None:  # By FP8 tensor cores, it may be.
+        sums = np.maximum(sums, ref.random_error(magnitudes, x.shape[-1], fast=False))
+    error = sums + ties * largest + 8 * 2.0**-24 * np.abs(y)
     if bias is not None:
         y = y + np.asarray(bias).astype(np.float64)
         error = error + 2.0**-24 * np.abs(y)

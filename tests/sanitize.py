@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import references as ref
-from around_cases import COMBINATIONS, EPS, expected, operands
+from around_cases import COMBINATIONS, EPS, expected, operands, quantized
 
 import jax_fp8
 from jax_fp8._src import ffi
@@ -31,9 +31,11 @@ PRODUCT_SHAPES = ((130, 136, 272), (33, 21, 45))  # M, N, K
 SMALL_M_SHAPES = (
     *((1, 136, 272), (7, 40, 1040), (16, 40, 1040), (20, 21, 16), (64, 50, 144)),
     *((3, 8500, 144), (12, 8500, 144), (17, 8500, 144)),  # Three tiles for some blocks.
-    *((2, 40, 27664), (9, 2200, 16400), (16, 40, 20496)),  # On Hopper, a cluster's.
+    *((2, 40, 27664), (9, 2200, 16400), (16, 40, 20496)),  # On Hopper, X in parts.
 )
 AROUND_SHAPES = ((1, 136, 272), (3, 8500, 144), (7, 40, 1040))
+#: X comes in parts in the last ones.
+AROUND_SHAPES_QUANTIZED = ((16, 136, 272), (3, 8500, 144), (12, 40, 12304), (9, 40, 20496))
 # Ragged, and then such as take tiles of other sizes in the Hopper kernel.
 WIDE_SHAPES = (
     *PRODUCT_SHAPES,
@@ -244,16 +246,18 @@ def check_fused(producer):
     return len(variants) * (1 + norm)
 
 
-def check_fused_matmul(in_steps):
-    """All that may stand around a product, in one kernel or, as on other GPUs, in steps."""
-    cases = list(itertools.product(COMBINATIONS, AROUND_SHAPES))
+def check_fused_matmul(in_steps, recipe):
+    """All that may stand around a product, in one kernel or two or, as on other GPUs, in steps."""
+    shapes = AROUND_SHAPES if recipe == "weight_only" else AROUND_SHAPES_QUANTIZED
+    cases = list(itertools.product(COMBINATIONS, shapes))
     products._forced_capability = 80 if in_steps else 0
     try:
         for parts, (m, n, k) in cases:
             x, w, around = operands(rng, m, n, k, parts)
-            got = jax_fp8.fused_matmul(x, w, eps=EPS, **around)
+            got = jax_fp8.fused_matmul(x, w, eps=EPS, recipe=recipe, **around)
+            multiplied = None if recipe == "weight_only" else quantized(x, around.get("norm"))
             first = not in_steps and jax.default_backend() == "gpu"
-            ref.assert_close(got, *expected(x, w, first=first, **around))
+            ref.assert_close(got, *expected(x, w, first=first, multiplied=multiplied, **around))
     finally:
         products._forced_capability = 0
     return len(cases)
@@ -415,8 +419,9 @@ def main(chosen):
         producers = ("rms_norm", "layer_norm", "swiglu", "gelu")
         groups += [(f"{p}_quantize", check_fused, (p,)) for p in producers]
     if not chosen or "fused_matmul" in chosen:
-        groups.append(("fused_matmul", check_fused_matmul, (False,)))
-        groups.append(("fused_matmul in steps", check_fused_matmul, (True,)))
+        for recipe, in_steps in itertools.product(("weight_only", "rowwise"), (False, True)):
+            said = f"fused_matmul {recipe}{', in steps' if in_steps else ''}"
+            groups.append((said, check_fused_matmul, (in_steps, recipe)))
     for implementation in implementations():
         if chosen and implementation not in chosen:
             continue

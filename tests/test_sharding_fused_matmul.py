@@ -58,6 +58,38 @@ def test_values_and_what_moves(kind):
 
 
 @KINDS
+def test_rows_with_scales(kind):
+    """A row that gets a scale is whole: where K is divided, x and w are brought together."""
+    check(
+        """
+from around_cases import EPS, expected, operands, quantized
+for parts in ((), ("norm", "residual")):
+    x, w, around = operands(rng, 8, 64, 1024, parts)
+    want = expected(x, w, **around, multiplied=quantized(x, around.get("norm")))
+    def run(x, w):
+        return jax_fp8.fused_matmul(x, w, **around, eps=EPS, recipe="rowwise")
+    for of_x, of_w, moved in (
+        (P("a"), P(), {}),
+        (P("a"), P("b"), {}),
+        # XLA moves bfloat16 as float32 between CPUs.
+        (P(None, "b"), P(None, "b"), {"all-gather f32": 1, "all-gather fp8": 1}),
+    ):
+        with jax.set_mesh(mesh):
+            data, scale = put(w.data, mesh, *of_w), put(w.scale, mesh, *of_w[:1])
+            placed = put(x, mesh, *of_x), jax_fp8.ScaledArray(data, scale, w.granularity)
+            found = counted(run, *placed)
+            assert found == moved, (parts, of_x, found)
+            got = jax.jit(run)(*placed)
+            ref.assert_close(got, *want)
+            if not moved:
+                rows, columns = (*of_x, None)[:1][0], (*of_w, None)[:1][0]
+                assert (*got.sharding.spec, None, None)[:2] == (rows, columns), got.sharding
+""",
+        kind,
+    )
+
+
+@KINDS
 def test_many_rows_of_a_swiglu(kind):
     """Their sums are larger than the weights, which are brought together then."""
     check(

@@ -64,12 +64,14 @@ def test_x_that_does_not_stay_on_the_chip(rng, m, n, k):
     [
         *((70, 14336), (70, 16400), (40, 28672), (9000, 1040)),
         *((4300, 16400), (4300, 31744), (9000, 20496)),  # Two turns and more.
-        *((32, 31744), (32, 31760), (32, 57344), (32, 57360)),  # The ends of what fits.
+        # The last that stays on the chip, and what comes next, with as many parts as groups or not.
+        *((32, 9216), (32, 9232), (9000, 10000), (32, 15360), (32, 15376), (9000, 16384)),
+        *((32, 57360), (4300, 20480)),
     ],
     ids=str,
 )
-def test_shapes_that_a_cluster_shares(rng, m, n, k):
-    """On Hopper: X in the shared memory of one block, of two and of four, and more than that."""
+def test_x_that_comes_in_parts(rng, m, n, k):
+    """On Hopper: X that stays in shared memory, and X that does not, for one turn and for more."""
     x, w = operand(rng, (m, k), granularity="row"), operand(rng, (n, k), granularity="row")
     check(x, w)
     x, w = integers(rng, (m, k)), integers(rng, (n, k))
@@ -79,7 +81,7 @@ def test_shapes_that_a_cluster_shares(rng, m, n, k):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 8, 16])
-def test_batches_that_clusters_share(rng, m):
+def test_batches_of_x_in_parts(rng, m):
     for n, k in ((90, 16400), (6000, 272)):
         check(
             operand(rng, (3, m, k), granularity="row"), operand(rng, (3, n, k), granularity="row")

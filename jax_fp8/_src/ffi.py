@@ -288,20 +288,22 @@ def fused_matmul(
     eps: float,
     activation: str,
     columns: int,
+    quantizes: bool,
     implementation: str,
     capability: int,
 ) -> jax.Array:
     """Calls ``jax_fp8_fused_matmul``: x (M, K) and w (N, K) to (M, columns).
 
     ``operands`` are x, w, its scale, the bias, the norm's weight and the residual, of which the
-    last three may be None.
+    last three may be None. Where it ``quantizes``, x goes to E4M3 with scales of its rows.
     """
     register()
     x, w, w_scale, *others = operands
     assert x is not None and w is not None
     results = (
         _result(x, (x.shape[0], columns), x.dtype),
-        _result(x, x.shape, x.dtype),
+        _result(x, x.shape, jnp.float8_e4m3fn if quantizes else x.dtype),
+        _result(x, (x.shape[0] if quantizes else 0, 1), jnp.float32),
         _result(x, (x.shape[0], w.shape[0]), jnp.float32),
     )
     none = jnp.zeros((0,), jnp.float32)

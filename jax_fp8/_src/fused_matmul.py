@@ -13,6 +13,7 @@ from jax_fp8._src.quantize import IMPLEMENTATIONS
 from jax_fp8._src.scaled_array import ScaledArray, check_scaled_array
 
 ACTIVATIONS = (None, "swiglu")
+RECIPES = ("weight_only", "rowwise")
 
 
 def fused_matmul(
@@ -24,18 +25,22 @@ def fused_matmul(
     bias: Any = None,
     activation: str | None = None,
     residual: Any = None,
+    recipe: str = "weight_only",
     implementation: str | None = None,
 ) -> Any:
-    """``residual + activation(rms_norm(x) @ w.T + bias)``, with 16-bit activations.
+    """``residual + activation(rms_norm(x) @ w.T + bias)`` for few rows, in one call.
 
-    As ``matmul`` with the recipe ``"weight_only"`` between an RMSNorm, a SwiGLU and an addition,
-    each where it is asked for. Up to eight rows, as a language model has that writes a few texts,
-    all of it is one kernel on Hopper, whose time is that of reading ``w``, for what
-    ``implementation`` says below. Elsewhere it is a norm, the product and the rest, one after the
-    other.
+    As ``matmul`` between an RMSNorm, a SwiGLU and an addition, each where it is asked for, for as
+    few rows as a language model has that writes a few texts. On Hopper the time of all of it is
+    that of reading ``w``, for what ``implementation`` says below: with ``"weight_only"`` it is one
+    kernel; with ``"rowwise"`` a quantization, beside which the product already reads weights, and
+    that product with the rest in it. Elsewhere it is a norm, the product and the rest, one after
+    the other.
 
-    The norm's values are those of ``rms_norm_quantize``, rounded to ``x``'s dtype. The one kernel
-    rounds ``x * norm`` in their place, and divides the sums by the RMS. After the product all is
+    With ``"weight_only"`` the activations stay in 16 bits. The norm's values are those of
+    ``rms_norm_quantize``, rounded to ``x``'s dtype; the one kernel rounds ``x * norm`` in their
+    place, and divides the sums by the RMS. With ``"rowwise"`` they, or ``x``, go to E4M3 with a
+    scale of each row, as ``rms_norm_quantize`` and ``quantize`` do it. After the product all is
     float32 until the result.
 
     Args:
@@ -48,9 +53,11 @@ def fused_matmul(
       activation: None, or ``"swiglu"``: ``silu(gate) * up``, the first half of the columns being
         the gates and the second half what goes with them.
       residual: None, or an array of the result's shape and dtype.
-      implementation: ``"kernel"`` (the one kernel: bfloat16, E4M3 weights with ``"tensor"`` or
-        ``"row"`` scales, up to eight rows, K in steps of 16; with a norm, what fits into 96 KiB),
-        ``"xla"`` (plain JAX), or None for the best that the device and the shapes support.
+      recipe: ``"weight_only"``, or ``"rowwise"``: activations in E4M3, each row with its scale.
+      implementation: ``"kernel"`` (bfloat16, E4M3 weights with ``"tensor"`` or ``"row"`` scales, K
+        in steps of 16; with ``"weight_only"`` up to eight rows, which with a norm fit into 96 KiB,
+        with ``"rowwise"`` up to sixteen), ``"xla"`` (plain JAX), or None for the best that the
+        device and the shapes support.
 
     Returns:
       ``(..., N)``, or ``(..., N / 2)`` with ``"swiglu"``; of ``x``'s dtype.
@@ -59,7 +66,7 @@ def fused_matmul(
       TypeError: for a ``w`` that is no ScaledArray, other dtypes than the above, or an ``eps`` that
         is no plain number.
       ValueError: for shapes that do not fit, an ``eps`` that is negative or not finite, an unknown
-        activation or implementation.
+        activation, recipe or implementation.
       NotImplementedError: for what ``"kernel"`` cannot do on any device, and under
         differentiation.
       jax.errors.JaxRuntimeError: for what ``"kernel"`` cannot do on this device.
@@ -81,6 +88,8 @@ def fused_matmul(
         )
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: unknown activation {activation!r}; accepted are {ACTIVATIONS}")
+    if recipe not in RECIPES:
+        raise ValueError(f"{op}: unknown recipe {recipe!r}; accepted are {RECIPES}")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"{op}: unknown implementation {implementation!r}; accepted are {IMPLEMENTATIONS}"
@@ -115,6 +124,7 @@ def fused_matmul(
         has_bias=bias is not None,
         activation=activation,
         has_residual=residual is not None,
+        quantizes=recipe == "rowwise",
         implementation=implementation,
         capability=products._forced_capability,
     )

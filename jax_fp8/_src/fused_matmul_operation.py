@@ -11,17 +11,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_fp8._src import ffi
+from jax_fp8._src import ffi, fused_operation
 from jax_fp8._src.batching import loop
 from jax_fp8._src.definition import CallConfig
-from jax_fp8._src.fused_definition import reciprocal_rms
+from jax_fp8._src.fused_definition import FusedConfig, reciprocal_rms
 from jax_fp8._src.partition import Axes, Rule, axes_of, partition
 from jax_fp8._src.product_rule import product_rule, summed_factors
+from jax_fp8._src.quantize import QuantizeConfig, quantize_local
 from jax_fp8._src.scaled_array import Granularity
 from jax_fp8._src.scaled_matmul import on_device
 
-#: What the kernel takes, as ffi/gemv.cu says: rows, and bytes of shared memory for a norm's x.
+#: What the kernels take. Of 16 bits, as ffi/gemv.cu says: rows, and bytes of shared memory for a
+#: norm's x. Quantized, as ffi/small_m_hopper.cu says: rows.
 _MOST_ROWS, _NORM_BYTES = 8, 96 << 10
+_MOST_ROWS_QUANTIZED = 16
+_E4M3 = jnp.dtype(jnp.float8_e4m3fn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +38,8 @@ class AroundConfig:
     has_bias: bool
     activation: str | None
     has_residual: bool
+    #: Whether x, or its norm, goes to E4M3 with scales of its rows.
+    quantizes: bool
     implementation: str | None
     #: As of a CallConfig.
     capability: int = 0
@@ -43,7 +49,7 @@ class AroundConfig:
         """Of the product among the steps."""
         return CallConfig(
             out_dtype=jnp.dtype(jnp.float32),
-            x_granularity="tensor",
+            x_granularity="row" if self.quantizes else "tensor",
             w_granularity=self.granularity,
             has_bias=False,
             activation=None,
@@ -56,17 +62,18 @@ class AroundConfig:
 def kernel_refusal(config: AroundConfig, x: Any, w: Any, norm: Any) -> str | None:
     """Why the kernel cannot compute this on any device, or None."""
     rows, k = math.prod(x.shape[:-1]), x.shape[-1]
-    if x.dtype != jnp.bfloat16 or w.dtype != jnp.float8_e4m3fn:
+    most_rows = _MOST_ROWS_QUANTIZED if config.quantizes else _MOST_ROWS
+    if x.dtype != jnp.bfloat16 or w.dtype != _E4M3:
         return f"it multiplies bfloat16 by float8_e4m3fn, not {x.dtype.name} by {w.dtype.name}"
     if isinstance(config.granularity, tuple):
         return f"it takes no block scales, and w has granularity {config.granularity}"
-    if rows > _MOST_ROWS:
-        return f"it takes up to {_MOST_ROWS} rows, not {rows}"
+    if rows > most_rows:
+        return f"it takes up to {most_rows} rows, not {rows}"
     if k % 16 or k == 0:
         return f"it reads K in steps of 16, and K is {k}"
     if config.has_norm and norm.dtype != x.dtype:
         return f"it multiplies by a bfloat16 norm, not {norm.dtype.name}"
-    if config.has_norm and (rows + 1) * k * 2 > _NORM_BYTES:
+    if config.has_norm and not config.quantizes and (rows + 1) * k * 2 > _NORM_BYTES:
         return f"{rows} rows of K = {k} are too large to stay in shared memory, as a norm takes"
     return None
 
@@ -88,10 +95,22 @@ def _kernel(config: AroundConfig, *operands: jax.Array) -> tuple[jax.Array]:
         eps=config.eps,
         activation=config.activation or "none",
         columns=columns,
+        quantizes=config.quantizes,
         implementation=config.implementation or "",
         capability=config.capability,
     )
     return (y.reshape(*x.shape[:-1], columns),)
+
+
+def _quantized(config: AroundConfig, x: jax.Array, norm: jax.Array) -> tuple[jax.Array, ...]:
+    """The data and the scales of x or of its norm, each row by itself."""
+    none, implementation = jnp.zeros((), jnp.float32), config.implementation
+    if not config.has_norm:
+        of_x = QuantizeConfig(_E4M3, "row", False, False, implementation)
+        data, scale, _ = quantize_local(of_x, x, none, axes={})
+        return data, scale
+    of_norm = FusedConfig("rms_norm", config.eps, _E4M3, "row", False, False, implementation)
+    return fused_operation.run(of_norm, x, none, norm, none, none)
 
 
 def _steps(
@@ -105,13 +124,16 @@ def _steps(
     Axes ``across`` of a mesh divide K, and ``gathered`` N where that must be whole for a SwiGLU.
     """
     x, w, w_scale, bias, norm, residual = operands
-    h = x
-    if config.has_norm:
+    h, scale = x, jnp.ones((1,) * x.ndim, jnp.float32)
+    if config.quantizes:
+        # Without the barrier XLA leaves the rounding out, and the decoding behind it.
+        h, scale = lax.optimization_barrier(_quantized(config, x, norm))
+    elif config.has_norm:
         wide = x.astype(jnp.float32)
         factor = reciprocal_rms(wide, config.eps, across)
         h = (wide * norm.astype(jnp.float32) * factor).astype(x.dtype)
-    one, placeholder = jnp.ones((1,) * x.ndim, jnp.float32), jnp.ones((1,), jnp.float32)
-    y, _ = on_device(config.sums, h, one, w, w_scale, placeholder, placeholder)
+    placeholder = jnp.ones((1,), jnp.float32)
+    y, _ = on_device(config.sums, h, scale, w, w_scale, placeholder, placeholder)
     if across:
         y = lax.psum(y, across)
     if config.has_bias:
@@ -145,11 +167,13 @@ def _local(config: AroundConfig, *operands: jax.Array, axes: Axes) -> tuple[jax.
 def _rule(config: AroundConfig, *operands: jax.Array) -> Rule:
     """As of the bare product, but that a SwiGLU takes gates and values on the same device.
 
-    Of weights and float32 sums the smaller ones are brought together there.
+    Of weights and float32 sums the smaller ones are brought together there. A row that gets a scale
+    is whole on each.
     """
     x, w, w_scale, bias, *_ = operands
     one = jnp.ones((1,) * x.ndim, jnp.float32)
-    sums = dataclasses.replace(config.sums, has_bias=config.has_bias)
+    # The scales of x are no operand.
+    sums = dataclasses.replace(config.sums, x_granularity="tensor", has_bias=config.has_bias)
     rule = product_rule(sums, x, one, w, w_scale, bias, jnp.ones((1,), jnp.float32))
     of_x, _, of_w, of_scale, of_bias, _ = rule.operands
     of_y, named = rule.results[0], config.implementation == "kernel"
@@ -170,7 +194,7 @@ def _rule(config: AroundConfig, *operands: jax.Array) -> Rule:
     )
     if config.activation == "swiglu" and (named or 4 * math.prod(x.shape[:-1]) > x.shape[-1]):
         rule = rule.without("n")
-    return rule.without(summed_factors(sums)[0]) if named else rule
+    return rule.without(summed_factors(sums)[0]) if named or config.quantizes else rule
 
 
 @functools.cache

@@ -65,7 +65,8 @@ def _xla(config: FusedConfig, *operands: jax.Array) -> tuple[jax.Array, ...]:
     return reference(config, *operands)
 
 
-def _run(config: FusedConfig, *operands: jax.Array) -> tuple[jax.Array, ...]:
+def run(config: FusedConfig, *operands: jax.Array) -> tuple[jax.Array, ...]:
+    """Data, scale and, with a residual, the sum, on one device."""
     xla, kernel = functools.partial(_xla, config), functools.partial(_kernel, config)
     if config.implementation == "xla":
         return xla(*operands)
@@ -78,14 +79,14 @@ def _local(config: FusedConfig, *operands: jax.Array, axes: Axes) -> Any:
     """Runs on the operands of one device, whatever mesh they came from."""
     across = axes_of(shared_factors(config, operands[0].ndim), axes)
     if not across or config.static:
-        return _run(config, *operands)
+        return run(config, *operands)
     # The scale is that of the values of whatever runs, as on one device: another program's would
     # be off by an ulp here and there. So it is made of the scales that the rows get by themselves.
     x, residual, *rest, _ = operands
-    data, scale, *total = _run(dataclasses.replace(config, granularity="row"), *operands)
+    data, scale, *total = run(dataclasses.replace(config, granularity="row"), *operands)
     static = dataclasses.replace(config, static=True, residual=False)
     given = _largest_scale(config, data, scale, across)
-    return (*_run(static, *total or (x,), residual, *rest, given), *total)
+    return (*run(static, *total or (x,), residual, *rest, given), *total)
 
 
 def _largest_scale(

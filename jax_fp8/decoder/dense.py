@@ -17,8 +17,9 @@ from jax_fp8.checkpoint import Activation, concatenate
 #: all that counts there, and it saves the time and the error of quantizing activations. Measured on
 #: Hopper, whose kernel for few rows takes no scales of blocks.
 WEIGHT_ONLY_ROWS, WEIGHT_ONLY_ROWS_OF_BLOCKS = 8, 1
-#: What one kernel of ``jax_fp8.fused_matmul`` takes: rows, and bytes of them where there is a norm.
-FUSED_ROWS, FUSED_NORM_BYTES = 8, 96 << 10
+#: What the kernels of ``jax_fp8.fused_matmul`` take: rows, and bytes of them where there is a norm
+#: of wide activations.
+FUSED_ROWS, FUSED_NORM_BYTES, FUSED_ROWS_QUANTIZED = 8, 96 << 10, 16
 
 
 class Frozen(nnx.Variable):
@@ -105,28 +106,50 @@ class Dense(nnx.Module):
         return jax_fp8.scaled_matmul(x, weight, bias=bias, preferred_element_type=dtype)
 
     def fuses(self, x: jax.Array, *, norm: bool = False) -> bool:
-        """Whether a product of as many rows as ``x`` is one kernel with what is around it.
+        """Whether a product of as many rows as ``x`` is one call with what is around it.
 
         Args:
           x: of its rows and dtype the input is.
           norm: whether a norm is what comes before.
         """
-        rows, k = math.prod(x.shape[:-1]), self.weight.shape[-1]
-        return (
-            self.granularity in ("tensor", "row")
-            and self.weight.dtype == jnp.float8_e4m3fn
-            and x.dtype == jnp.bfloat16
-            and self._is_few(x)
-            and rows <= FUSED_ROWS
-            and k % 16 == 0
-            and (not norm or 2 * (rows + 1) * k <= FUSED_NORM_BYTES)
-            and self.amax is None
-        )
+        return self._fused_recipe(x, norm) is not None
 
     def fused(self, x: jax.Array, **around: Any) -> jax.Array:
-        """As a call, with the norm, activation and residual of ``jax_fp8.fused_matmul``."""
+        """As a call, with the norm, activation and residual of ``jax_fp8.fused_matmul``.
+
+        Raises:
+          ValueError: for an ``x`` for which ``fuses`` is False.
+        """
+        recipe = self._fused_recipe(x, "norm" in around)
+        if recipe is None:
+            raise ValueError(
+                f"{self.names}: no fused product of {x.dtype}{x.shape} with this weight"
+            )
         bias = None if self.bias is None else self.bias[...]
-        return jax_fp8.fused_matmul(x, self.values, bias=bias, **around)
+        return jax_fp8.fused_matmul(x, self.values, bias=bias, recipe=recipe, **around)
+
+    def _fused_recipe(self, x: jax.Array, norm: bool) -> str | None:
+        rows, k = math.prod(x.shape[:-1]), self.weight.shape[-1]
+        if (
+            self.granularity not in ("tensor", "row")
+            or self.weight.dtype != jnp.float8_e4m3fn
+            or x.dtype != jnp.bfloat16
+            or k % 16
+            or self.amax is not None
+        ):
+            return None
+        if self._is_few(x):
+            fits = rows <= FUSED_ROWS and (not norm or 2 * (rows + 1) * k <= FUSED_NORM_BYTES)
+            return "weight_only" if fits else None
+        options = self.quantization(x)
+        is_rowwise = (
+            rows <= FUSED_ROWS_QUANTIZED
+            and options is not None
+            and options["scale"] is None
+            and options["granularity"] == "row"
+            and options["dtype"] == jnp.float8_e4m3fn
+        )
+        return "rowwise" if is_rowwise else None
 
     def _own_quantization(self, x: jax.Array) -> dict[str, Any] | None:
         """Options of ``quantize`` that fused producers do not have; None leaves ``x`` wide."""

@@ -1,0 +1,25 @@
+// A kernel that starts before the one in front of it in the stream has ended: on Hopper and later,
+// where its launch asks for it (programmatic stream serialization), also in a captured graph.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+namespace jax_fp8 {
+
+// Lets the next kernel start on what room there is. Any kernel may say so at any time: the next one
+// still waits for its end before it reads what this one writes.
+__device__ inline void let_follow() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Until the kernel in front has ended and what it wrote is to be seen. Where the launch did not ask
+// for an early start there is nothing to wait for.
+__device__ inline void wait_for_kernel_in_front() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+}  // namespace jax_fp8
