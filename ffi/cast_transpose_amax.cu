@@ -17,8 +17,7 @@ constexpr int kBlocksAnSm = 8;  // takes 32 registers a thread.
 // What an SM holds, which differs by generation.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 750
 constexpr int kThreadsAnSm = 1024;
-#elif defined(__CUDA_ARCH__) && \
-    ((__CUDA_ARCH__ >= 860 && __CUDA_ARCH__ <= 890) || __CUDA_ARCH__ >= 1200)
+#elif defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
 constexpr int kThreadsAnSm = 1536;
 #else
 constexpr int kThreadsAnSm = 2048;
