@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -124,3 +125,28 @@ def test_layouts_that_a_reader_mistakes_are_told(source, tmp_path):
         quantize(source, tmp_path / "a", format="fp8", recipe="tensorwise")
     with pytest.warns(UserWarning, match="misreads or refuses.*: model.layers.0.q_proj.weight;"):
         quantize(source, tmp_path / "b", format="fp8", recipe="blockwise")
+
+
+def test_blocks_that_vllm_refuses_are_told(tmp_path, rng):
+    """Partial ones of rows, where another weight follows: not the last one's, nor of columns."""
+    shapes = {
+        "q_proj": (192, 128),
+        "k_proj": (128, 192),
+        "v_proj": (192, 128),
+        "up_proj": (64, 128),
+    }
+    first, second = (
+        {
+            f"model.layers.{layer}.{name}.weight": rng.standard_normal(shape).astype(np.float32)
+            for name, shape in shapes.items()
+        }
+        for layer in range(2)
+    )
+    source = write_source(tmp_path / "src", (first, second))
+    with pytest.warns(UserWarning) as caught:
+        quantize(source, tmp_path / "a", format="compressed-tensors", recipe="blockwise")
+    (message,) = (str(w.message) for w in caught if "vLLM" in str(w.message))
+    assert "in q, k and v, and in gate and up: model.layers.0.q_proj.weight, model" in message
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize(source, tmp_path / "b", format="compressed-tensors", recipe="rowwise")

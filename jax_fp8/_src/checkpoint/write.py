@@ -24,6 +24,8 @@ from jax_fp8._src.quantize import quantize as quantize_array
 from jax_fp8._src.recipe import E4M3
 from jax_fp8._src.scaled_array import BLOCK
 
+#: Of what vLLM makes one weight, all but the last.
+FOLLOWED_IN_VLLM = ("q_proj", "k_proj", "gate_proj")
 #: What is copied as it is: tokenizers, templates, licences; nothing that would be unpickled.
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "*.py", "LICENSE*")
 
@@ -110,26 +112,35 @@ def _input_scales(plan: Plan, input_amax: Mapping[str, float] | None) -> dict[st
 
 
 def _warn(plan: Plan) -> None:
-    """Of layouts that a reader takes for others without an error."""
-    if plan.format != "fp8":
-        return
-    if plan.weight.granularity == "tensor":
+    """Of layouts that a reader takes for others without an error, or does not take."""
+    if plan.weight.granularity == "tensor" and plan.format == "fp8":
         warnings.warn(
             f"quantize: transformers drops the scales of the format 'fp8' with {plan.recipe!r},"
             " which vLLM reads; 'compressed-tensors' is read by both",
             stacklevel=3,
         )
         return
-    partial = [
-        stored.name
-        for stored in plan.source.tensors.values()
-        if module_of(stored.name) in plan.modules and any(size % BLOCK for size in stored.shape)
-    ]
-    if partial:
+    if not isinstance(plan.weight.granularity, tuple):
+        return
+    weights = [t for t in plan.source.tensors.values() if module_of(t.name) in plan.modules]
+    partial = [t.name for t in weights if any(size % BLOCK for size in t.shape)]
+    if partial and plan.format == "fp8":
         warnings.warn(
             "quantize: where transformers dequantizes the format 'fp8', it misreads or refuses"
-            f" weights whose last blocks are partial: {some(partial)}; 'compressed-tensors' has no"
-            " such limit",
+            f" weights whose last blocks are partial: {some(partial)}; of 'compressed-tensors' it"
+            " reads them",
+            stacklevel=3,
+        )
+    followed = [
+        t.name
+        for t in weights
+        if t.name.removesuffix(".weight").endswith(FOLLOWED_IN_VLLM) and t.shape[0] % BLOCK
+    ]
+    if followed:
+        warnings.warn(
+            "quantize: vLLM refuses blocks that are partial where it puts another weight behind"
+            f" them, in q, k and v, and in gate and up: {some(followed)}; the recipe 'rowwise' has"
+            " no such limit",
             stacklevel=3,
         )
 
