@@ -89,8 +89,9 @@ __device__ void multiply(float (&d)[16], const uint32_t (&a)[4], uint64_t b) {
 // --- The kernel ----------------------------------------------------------------------------------
 
 // Blocks go through tiles of rows, every so many-th one. Within a block, groups take the chunks of
-// K in turns. W streams through a ring of each group's own. So does X, but that it stays where the
-// ring has room for all that its group takes; so warps wait for nobody but the memory. The sums of
+// K in turns. W streams through a ring of each group's own, whose warps wait for nobody but the
+// memory. So does X, but that it stays where the ring has room for all that its group takes; where
+// it does not, one warp waits for the others before it copies into what they have read. The sums of
 // a tile meet in shared memory, where the last group adds them up while the others are in the tiles
 // after it.
 //
@@ -102,7 +103,8 @@ __device__ void multiply(float (&d)[16], const uint32_t (&a)[4], uint64_t b) {
 //
 // For a SwiGLU a tile is 16 rows of gates and the 16 that go with them, 16 columns of D.
 //
-// Where it follows the kernel that writes X, all but X is under way while that one runs.
+// Where it follows the kernel that writes X, it starts and copies the first of W while that one
+// runs.
 template <int columns, bool x_stays>
 __global__ void __launch_bounds__(kThreads)
     small_m_hopper_kernel(Product p, int x_slots, const __grid_constant__ CUtensorMap x_map) {
@@ -112,6 +114,8 @@ __global__ void __launch_bounds__(kThreads)
   extern __shared__ __align__(1024) uint8_t memory[];
   __shared__ uint64_t x_full_barriers[kGroups][kMaxXSlots], x_read_barriers[kGroups][kMaxXSlots];
   __shared__ uint64_t sums_read_barriers[kBuffers];
+  static_assert(sizeof(x_full_barriers) + sizeof(x_read_barriers) + sizeof(sums_read_barriers) <=
+                1024);  // What kMostBytes leaves.
 
   const int thread = static_cast<int>(threadIdx.x), group = thread / 128, lane = thread % 32;
   const int b = static_cast<int>(blockIdx.y);
@@ -132,9 +136,9 @@ __global__ void __launch_bounds__(kThreads)
   const int own_k = group * kChunk + lane % 16 * 16;
   const uint32_t own_ring = ring + group * (kDepth * kSlot);
   const uint64_t policy = policy_read_once();
-  const bool gated = p.swiglu && warp_row >= kTileRows / 2;  // What goes with the gates.
-  int fetch_n = first_n + own_row - (gated ? kTileRows / 2 : 0), fetch_k = own_k;
-  const uint8_t* w = p.w.data + (b * p.n + fetch_n + (gated ? d_columns : 0)) * k_size;
+  const bool is_up_row = p.swiglu && warp_row >= kTileRows / 2;  // What goes with the gates.
+  int fetch_n = first_n + own_row - (is_up_row ? kTileRows / 2 : 0), fetch_k = own_k;
+  const uint8_t* w = p.w.data + (b * p.n + fetch_n + (is_up_row ? d_columns : 0)) * k_size;
   const auto fetch = [&](int slot) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -190,7 +194,7 @@ __global__ void __launch_bounds__(kThreads)
   // The tile of a turn has one of the buffers.
   if (group == kGroups) {
     const int row = thread % kTileRows, first_m = thread % 128 / kTileRows;
-    const bool is_gated = p.swiglu && row >= kTileRows / 2;
+    const bool is_up = p.swiglu && row >= kTileRows / 2;
     float x_scales[columns / 4], largest = 0.0f;
     wait_for_kernel_in_front();
 #pragma unroll
@@ -200,8 +204,8 @@ __global__ void __launch_bounds__(kThreads)
     int turn = 0;
     for (int tile_n = first_n; tile_n < d_columns; tile_n += step_n, ++turn) {
       const int buffer = turn % kBuffers;
-      const int column = tile_n + row - (is_gated ? kTileRows / 2 : 0);  // Of D.
-      const int n = column + (is_gated ? d_columns : 0);
+      const int column = tile_n + row - (is_up ? kTileRows / 2 : 0);  // Of D.
+      const int n = column + (is_up ? d_columns : 0);
       const float w_scale = column < d_columns ? p.w.scale_at(b, n, 0) : 0.0f;
       const float* const sums = sums_memory + buffer * kGroups * kSums + first_m * kStride + row;
       float totals[columns / 4] = {};
@@ -219,10 +223,10 @@ __global__ void __launch_bounds__(kThreads)
         float value = apply_scales(totals[i], x_scales[i], w_scale);
         if (exists) value = finish(p, value, n);
         if (p.swiglu) value = silu(value) * __shfl_down_sync(0xffffffffu, value, kTileRows / 2);
-        if (!exists || is_gated) continue;
-        const int64_t place = (int64_t{b} * m_size + m) * d_columns + column;
-        if (p.residual != nullptr) value += __bfloat162float(p.residual[place]);
-        store(p, value, place);
+        if (!exists || is_up) continue;
+        const int64_t index = (int64_t{b} * m_size + m) * d_columns + column;
+        if (p.residual != nullptr) value += __bfloat162float(p.residual[index]);
+        store(p, value, index);
         largest = bits_float(max(float_bits(largest), float_bits(fabsf(value))));
       }
     }
@@ -353,8 +357,11 @@ bool small_m_hopper_supports(const Product& p, int capability) {
 }
 
 bool small_m_hopper_wins(const Product& p) {
-  // Where it was measured.
-  return p.n >= 2048 && p.k >= 1024 && p.k <= (p.m <= 8 ? 30720 : 18432);
+  // Measured with 4096 rows of W and more, with X in parts at 4096 x 14336 alone. As there is a
+  // block for each 32 rows, long K with fewer of them leaves multiprocessors idle.
+  const bool x_stays = p.k <= (p.m <= 8 ? 15360 : 9216);
+  const bool is_long = p.n >= 4096 && p.k <= (p.m <= 8 ? 30720 : 18432);
+  return p.n >= 2048 && p.k >= 1024 && (x_stays || is_long);
 }
 
 cudaError_t small_m_hopper(const Product& p, cudaStream_t stream, bool follows) {

@@ -127,11 +127,12 @@ def test_layouts_that_a_reader_mistakes_are_told(source, tmp_path):
         quantize(source, tmp_path / "b", format="fp8", recipe="blockwise")
 
 
-def test_blocks_that_vllm_refuses_are_told(tmp_path, rng):
+@pytest.mark.parametrize("followed", ["q_proj", "k_proj", "gate_proj"])
+def test_blocks_that_vllm_refuses_are_told(tmp_path, rng, followed):
     """Partial ones of rows, where another weight follows: not the last one's, nor of columns."""
     shapes = {
-        "q_proj": (192, 128),
-        "k_proj": (128, 192),
+        followed: (192, 128),
+        "o_proj": (128, 192),
         "v_proj": (192, 128),
         "up_proj": (64, 128),
     }
@@ -146,7 +147,7 @@ def test_blocks_that_vllm_refuses_are_told(tmp_path, rng):
     with pytest.warns(UserWarning) as caught:
         quantize(source, tmp_path / "a", format="compressed-tensors", recipe="blockwise")
     (message,) = (str(w.message) for w in caught if "vLLM" in str(w.message))
-    assert "in q, k and v, and in gate and up: model.layers.0.q_proj.weight, model" in message
+    assert f"up: model.layers.0.{followed}.weight, model.layers.1.{followed}.weight;" in message
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         quantize(source, tmp_path / "b", format="compressed-tensors", recipe="rowwise")

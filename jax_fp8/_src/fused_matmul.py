@@ -31,11 +31,11 @@ def fused_matmul(
     """``residual + activation(rms_norm(x) @ w.T + bias)`` for few rows, in one call.
 
     As ``matmul`` between an RMSNorm, a SwiGLU and an addition, each where it is asked for, for as
-    few rows as a language model has that writes a few texts. On Hopper the time of all of it is
-    that of reading ``w``, for what ``implementation`` says below: with ``"weight_only"`` it is one
-    kernel; with ``"rowwise"`` a quantization, beside which the product already reads weights, and
-    that product with the rest in it. Elsewhere it is a norm, the product and the rest, one after
-    the other.
+    few rows as a language model has that writes a few texts. On Hopper all of it takes little
+    longer than reading ``w``, for what ``implementation`` says below: with ``"weight_only"`` it is
+    one kernel; with ``"rowwise"`` a quantization, beside which the product already reads weights,
+    and that product with the rest in it. Elsewhere it is a norm, the product and the rest, one
+    after the other.
 
     With ``"weight_only"`` the activations stay in 16 bits. The norm's values are those of
     ``rms_norm_quantize``, rounded to ``x``'s dtype; the one kernel rounds ``x * norm`` in their

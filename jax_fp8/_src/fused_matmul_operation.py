@@ -1,4 +1,4 @@
-"""How a product with what stands around it runs: one kernel for few rows, or in steps."""
+"""How a product with what stands around it runs: one handler for few rows, or in steps."""
 
 from __future__ import annotations
 

@@ -19,7 +19,9 @@ from jax_fp8.checkpoint import Activation, concatenate
 WEIGHT_ONLY_ROWS, WEIGHT_ONLY_ROWS_OF_BLOCKS = 8, 1
 #: What the kernels of ``jax_fp8.fused_matmul`` take: rows, and bytes of them where there is a norm
 #: of wide activations.
-FUSED_ROWS, FUSED_NORM_BYTES, FUSED_ROWS_QUANTIZED = 8, 96 << 10, 16
+FUSED_ROWS, FUSED_NORM_BYTES = 8, 96 << 10
+#: Where that is faster than cublasLt's products of quantized activations: rows, and K.
+FUSED_ROWS_QUANTIZED, FUSED_K_QUANTIZED = 16, 18432
 
 
 class Frozen(nnx.Variable):
@@ -144,6 +146,8 @@ class Dense(nnx.Module):
         options = self.quantization(x)
         is_rowwise = (
             rows <= FUSED_ROWS_QUANTIZED
+            and k <= FUSED_K_QUANTIZED
+            and _is_hopper_or_no_gpu()
             and options is not None
             and options["scale"] is None
             and options["granularity"] == "row"
@@ -224,6 +228,11 @@ def fuse(parts: Sequence[Dense]) -> Dense | Parallel:
         names=[name for part in parts for name in part.names],
         weight_only_rows=first.weight_only_rows,
     )
+
+
+def _is_hopper_or_no_gpu() -> bool:
+    """Other GPUs have no kernel of the library's own for few rows in FP8, but cublasLt's."""
+    return str(getattr(jax.devices()[0], "compute_capability", "9.0")).startswith("9.")
 
 
 def _wide_product(x: jax.Array, weight: jax.Array, bias: Any) -> jax.Array:

@@ -79,7 +79,7 @@ class Block(nnx.Module):
           (x, delta, keys, values).
         """
         c, dtype = self.config, x.dtype
-        # With few rows each product is one kernel with the norm before it and what comes after it.
+        # With few rows each product is one call with the norm before it and what comes after it.
         is_fused = all(product.fuses(x, norm=True) for product in (self.qkv, self.gate_up))
         is_fused = is_fused and self.o.fuses(x) and self.down.fuses(x)
         norms = self.attention_norm[...], self.mlp_norm[...]
