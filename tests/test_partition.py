@@ -3,6 +3,8 @@
 import pytest
 from mesh_cases import MESH, run
 
+pytestmark = pytest.mark.ends
+
 
 @pytest.mark.parametrize("named", [("None", "None"), ("'kernel'", "'naive'")], ids=["xla", "naive"])
 def test_an_auto_mesh_gives_right_values(named):

@@ -20,6 +20,7 @@ from jax.lax import Precision
 
 import jax_fp8
 
+pytestmark = pytest.mark.ends
 SIZE = 3
 F32 = {"preferred_element_type": jnp.float32}
 #: Which of x's data, x's scale, w's data and w's scale have an entry each.
