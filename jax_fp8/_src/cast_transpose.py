@@ -19,7 +19,7 @@ from jax_fp8._src.cast_transpose_rule import (
     rows_together,
     shared_factors,
 )
-from jax_fp8._src.numerics import dynamic_scale, random_bits
+from jax_fp8._src.numerics import as_rounded, dynamic_scale, random_bits
 from jax_fp8._src.partition import Axes, all_max, axes_of, partition
 from jax_fp8._src.quantize import (
     IMPLEMENTATIONS,
@@ -121,7 +121,7 @@ def _kernel(
 
 def _xla(config: CastTransposeConfig, *operands: jax.Array) -> tuple[jax.Array, ...]:
     _record(config, operands[0])
-    return _reference(config, *operands)
+    return as_rounded(_reference(config, *operands), config.implementation)
 
 
 def _record(config: CastTransposeConfig, x: jax.Array) -> None:

@@ -126,8 +126,7 @@ def _steps(
     x, w, w_scale, bias, norm, residual = operands
     h, scale = x, jnp.ones((1,) * x.ndim, jnp.float32)
     if config.quantizes:
-        # Without the barrier XLA leaves the rounding out, and the decoding behind it.
-        h, scale = lax.optimization_barrier(_quantized(config, x, norm))
+        h, scale = _quantized(config, x, norm)
     elif config.has_norm:
         wide = x.astype(jnp.float32)
         factor = reciprocal_rms(wide, config.eps, across)

@@ -15,7 +15,7 @@ from jax_fp8._src import ffi, plans
 from jax_fp8._src.fused_batching import batch_fused
 from jax_fp8._src.fused_definition import FusedConfig, reference
 from jax_fp8._src.fused_rule import fused_rule
-from jax_fp8._src.numerics import absolute_max
+from jax_fp8._src.numerics import absolute_max, as_rounded
 from jax_fp8._src.partition import Axes, all_max, axes_of, partition
 from jax_fp8._src.quantize import shared_factors
 from jax_fp8._src.scaled_array import block_shape, scale_shape
@@ -62,7 +62,7 @@ def _xla(config: FusedConfig, *operands: jax.Array) -> tuple[jax.Array, ...]:
         dtypes=(x.dtype.name, config.dtype.name),
         granularity=config.granularity,
     )
-    return reference(config, *operands)
+    return as_rounded(reference(config, *operands), config.implementation)
 
 
 def run(config: FusedConfig, *operands: jax.Array) -> tuple[jax.Array, ...]:

@@ -24,6 +24,15 @@ def round_saturate(x: jax.Array, inverse_scale: jax.Array, dtype: Any) -> jax.Ar
     return jnp.where(jnp.isinf(x), jnp.nan, scaled).astype(dtype)
 
 
+def as_rounded(results: Any, implementation: str | None) -> Any:
+    """Keeps XLA from leaving out a rounding to FP8 together with the decoding behind it.
+
+    Its compiler for GPUs does that within one program, as it may have more digits than it was asked
+    for. There, plain JAX runs by its name alone.
+    """
+    return lax.optimization_barrier(results) if implementation == "xla" else results
+
+
 def round_stochastic(
     x: jax.Array, inverse_scale: jax.Array, bits: jax.Array, dtype: Any
 ) -> jax.Array:

@@ -14,6 +14,7 @@ from jax import lax
 from jax_fp8._src import ffi, plans
 from jax_fp8._src.numerics import (
     absolute_max,
+    as_rounded,
     dynamic_scale,
     inverse,
     round_saturate,
@@ -132,7 +133,7 @@ def _xla(config: QuantizeConfig, x: jax.Array, scale: jax.Array) -> Any:
         dtypes=(x.dtype.name, config.dtype.name),
         granularity=config.granularity,
     )
-    return reference(config, x, scale)
+    return as_rounded(reference(config, x, scale), config.implementation)
 
 
 def quantize_local(config: QuantizeConfig, x: jax.Array, scale: jax.Array, *, axes: Axes) -> Any:

@@ -16,7 +16,7 @@ from jax_fp8._src.batching import batch_product
 from jax_fp8._src.definition import CallConfig, finish, reference
 from jax_fp8._src.epilogue import with_gradients
 from jax_fp8._src.folding import fold
-from jax_fp8._src.numerics import inverse
+from jax_fp8._src.numerics import as_rounded, inverse
 from jax_fp8._src.partition import Axes, all_max, axes_of, partition
 from jax_fp8._src.placement import placement
 from jax_fp8._src.product_rule import product_rule, summed_factors
@@ -105,7 +105,8 @@ def _xla(config: CallConfig, *operands: jax.Array) -> Any:
         dtypes=(x.dtype.name, w.dtype.name, config.out_dtype.name),
         granularity=(config.x_granularity, config.w_granularity),
     )
-    return reference(config, *operands)
+    results = reference(config, *operands)
+    return as_rounded(results, config.implementation) if config.is_fp8 else results
 
 
 def on_device(config: CallConfig, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
