@@ -28,6 +28,17 @@ __host__ __device__ constexpr int depth_of(int columns) { return columns == 8 ? 
 __host__ __device__ constexpr int x_chunk(int columns) { return kChunk * columns; }
 __host__ __device__ constexpr int sums_of_group(int columns) { return columns * kStride; }
 
+// Bytes of shared memory without X, and chunks of X that each group can have beside them.
+constexpr int bytes_without_x(int columns) {
+  return kGroups * (depth_of(columns) * kSlot + kBuffers * sums_of_group(columns) * 4);
+}
+constexpr int most_x_slots(int columns) {
+  return std::min((kMostBytes - bytes_without_x(columns)) / (kGroups * x_chunk(columns)),
+                  kMaxXSlots);
+}
+// Of all groups; each takes a chunk in each.
+int64_t rounds_of(const Product& p) { return ceil_div(p.k, kGroups * kChunk); }
+
 #if __CUDA_ARCH__ == 900
 // --- Copies and products -------------------------------------------------------------------------
 
@@ -322,12 +333,9 @@ cudaError_t launch(const Product& p, int processors, bool follows, cudaStream_t 
   if (!encode_map(&x_map, p.x.data, p.x.type, p.batch, p.m, p.k, columns, kChunk / 2)) {
     return cudaErrorInvalidValue;
   }
-  constexpr int x_slot = kGroups * x_chunk(columns);
-  constexpr int others =
-      kGroups * (depth_of(columns) * kSlot + kBuffers * sums_of_group(columns) * 4);
-  constexpr int most_slots = std::min((kMostBytes - others) / x_slot, kMaxXSlots);
+  constexpr int most_slots = most_x_slots(columns);
   static_assert(most_slots > 1);
-  const int64_t rounds = ceil_div(p.k, kGroups * kChunk);
+  const int64_t rounds = rounds_of(p);
   const int x_slots = static_cast<int>(std::min<int64_t>(rounds, most_slots));
   const auto kernel = rounds <= most_slots ? small_m_hopper_kernel<columns, true>
                                            : small_m_hopper_kernel<columns, false>;
@@ -342,7 +350,8 @@ cudaError_t launch(const Product& p, int processors, bool follows, cudaStream_t 
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(p.batch));
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(others + x_slots * x_slot);
+  config.dynamicSmemBytes =
+      static_cast<size_t>(bytes_without_x(columns) + kGroups * x_slots * x_chunk(columns));
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = follows ? 1 : 0;
@@ -359,7 +368,7 @@ bool small_m_hopper_supports(const Product& p, int capability) {
 bool small_m_hopper_wins(const Product& p) {
   // Measured with 4096 rows of W and more, with X in parts at 4096 x 14336 alone. As there is a
   // block for each 32 rows, long K with fewer of them leaves multiprocessors idle.
-  const bool x_stays = p.k <= (p.m <= 8 ? 15360 : 9216);
+  const bool x_stays = rounds_of(p) <= most_x_slots(p.m <= 8 ? 8 : 16);
   const bool is_long = p.n >= 4096 && p.k <= (p.m <= 8 ? 30720 : 18432);
   return p.n >= 2048 && p.k >= 1024 && (x_stays || is_long);
 }

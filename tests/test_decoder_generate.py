@@ -15,7 +15,7 @@ from test_decoder import logits, stored, tokens_of
 import jax_fp8
 from jax_fp8 import checkpoint, decoder
 from jax_fp8.__main__ import main
-from jax_fp8.decoder import measure
+from jax_fp8.decoder import dense, measure
 from jax_fp8.decoder.dense import Dense, Parallel
 
 LOGITS = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]], jnp.float32))
@@ -315,7 +315,7 @@ def test_products_of_few_rows_have_their_neighbours_in_them(family, recipe, para
     assert np.linalg.norm(found - want) < bound * np.linalg.norm(want)
 
 
-def test_what_products_of_few_rows_do_not_take():
+def test_what_products_of_few_rows_do_not_take(monkeypatch):
     weight = jax_fp8.quantize(jnp.ones((32, 8192)), granularity="row")
     rows = jnp.zeros((17, 8192), jnp.bfloat16)
     wide = Dense(weight, weight_only_rows=64)
@@ -329,10 +329,21 @@ def test_what_products_of_few_rows_do_not_take():
         activation = checkpoint.Activation(jax_fp8.Operand(**{"granularity": "row", **options}))
         return Dense(weight, activation=activation, weight_only_rows=0)
 
+    monkeypatch.setattr(dense, "_is_hopper_or_no_gpu", lambda: True)
     assert quantizing().fuses(rows[:16], norm=True) and not quantizing().fuses(rows)
+    long = Dense(
+        jax_fp8.quantize(jnp.ones((32, 18448)), granularity="row"),
+        activation=quantizing().activation,
+        weight_only_rows=0,
+    )
+    assert not long.fuses(jnp.zeros((2, 18448), jnp.bfloat16))
     for options in ({"granularity": "tensor"}, {"dtype": jnp.float8_e5m2}, {"power_of_two": True}):
         assert not quantizing(**options).fuses(rows[:2]), options
     static = Dense(
         weight, activation=quantizing().activation, input_scale=jnp.ones(()), weight_only_rows=0
     )
     assert not static.fuses(rows[:2])
+    with pytest.raises(ValueError, match="no fused product of bfloat16"):
+        static.fused(rows[:2])
+    monkeypatch.setattr(dense, "_is_hopper_or_no_gpu", lambda: False)
+    assert not quantizing().fuses(rows[:16])

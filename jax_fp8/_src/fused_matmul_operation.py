@@ -18,6 +18,7 @@ from jax_fp8._src.fused_definition import FusedConfig, reciprocal_rms
 from jax_fp8._src.partition import Axes, Rule, axes_of, partition
 from jax_fp8._src.product_rule import product_rule, summed_factors
 from jax_fp8._src.quantize import QuantizeConfig, quantize_local
+from jax_fp8._src.recipe import E4M3
 from jax_fp8._src.scaled_array import Granularity
 from jax_fp8._src.scaled_matmul import on_device
 
@@ -25,7 +26,6 @@ from jax_fp8._src.scaled_matmul import on_device
 #: norm's x. Quantized, as ffi/small_m_hopper.cu says: rows.
 _MOST_ROWS, _NORM_BYTES = 8, 96 << 10
 _MOST_ROWS_QUANTIZED = 16
-_E4M3 = jnp.dtype(jnp.float8_e4m3fn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ def kernel_refusal(config: AroundConfig, x: Any, w: Any, norm: Any) -> str | Non
     """Why the kernel cannot compute this on any device, or None."""
     rows, k = math.prod(x.shape[:-1]), x.shape[-1]
     most_rows = _MOST_ROWS_QUANTIZED if config.quantizes else _MOST_ROWS
-    if x.dtype != jnp.bfloat16 or w.dtype != _E4M3:
+    if x.dtype != jnp.bfloat16 or w.dtype != E4M3:
         return f"it multiplies bfloat16 by float8_e4m3fn, not {x.dtype.name} by {w.dtype.name}"
     if isinstance(config.granularity, tuple):
         return f"it takes no block scales, and w has granularity {config.granularity}"
@@ -106,10 +106,10 @@ def _quantized(config: AroundConfig, x: jax.Array, norm: jax.Array) -> tuple[jax
     """The data and the scales of x or of its norm, each row by itself."""
     none, implementation = jnp.zeros((), jnp.float32), config.implementation
     if not config.has_norm:
-        of_x = QuantizeConfig(_E4M3, "row", False, False, implementation)
+        of_x = QuantizeConfig(E4M3, "row", False, False, implementation)
         data, scale, _ = quantize_local(of_x, x, none, axes={})
         return data, scale
-    of_norm = FusedConfig("rms_norm", config.eps, _E4M3, "row", False, False, implementation)
+    of_norm = FusedConfig("rms_norm", config.eps, E4M3, "row", False, False, implementation)
     return fused_operation.run(of_norm, x, none, norm, none, none)
 
 
