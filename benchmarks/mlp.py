@@ -73,11 +73,11 @@ def _fused(granularity: Any, static: bool = False) -> Callable[..., State]:
 
 def _around(recipe: str) -> Callable[..., State]:
     """The block as two products with all else in them, where ``x`` has ``delta`` already."""
-    multiply = functools.partial(jax_fp8.fused_matmul, recipe=recipe)
 
     def block(x: jax.Array, delta: jax.Array, norm: jax.Array, up: Any, down: Any) -> State:
-        hidden = multiply(x, up, norm=norm, eps=EPS, activation="swiglu")
-        total = multiply(hidden, down, residual=x)
+        first = jax_fp8.Link(up, norm=norm, eps=EPS, activation="swiglu")
+        links = [first, jax_fp8.Link(down, residual=x)]
+        _, total = jax_fp8.fused_chain(x, links, recipe=recipe)
         return total, total - x  # Which nothing but the comparison of errors takes.
 
     return block

@@ -1,4 +1,5 @@
-// The handlers of jax_fp8_fused_matmul: checks and dispatch.
+// The handlers of jax_fp8_fused_matmul: checks and dispatch of one or more products, each of which
+// multiplies what the one before has made.
 #include "ffi/fused_matmul.h"
 
 #include <cmath>
@@ -22,23 +23,69 @@ namespace {
 
 constexpr char kName[] = "jax_fp8_fused_matmul";
 
-struct Arguments {
+// A product of a chain, which multiplies the call's x or the result of the one before.
+struct Link {
   xffi::AnyBuffer x, x_scale, w, w_scale, bias, norm, residual;
   // The results. All but the first are scratch: what is multiplied, in bfloat16, or quantized with
   // scales of its rows; and the sums.
   xffi::AnyBuffer d, multiplied, scales, sums;
   float eps;
-  std::string_view activation, implementation;
-  int64_t capability;
+  bool swiglu;
+  bool follows;  // Whether another link writes x.
 
   bool quantizes() const { return multiplied.element_type() == xffi::DataType::F8E4M3FN; }
 };
+constexpr size_t kArguments = 5, kResults = 4;  // Of a link, but for x and its scale.
+
+struct Attributes {
+  xffi::Span<const float> eps;
+  xffi::Span<const int64_t> swiglu;  // 0 or 1.
+  xffi::Span<const int64_t> added;   // The link whose result is the residual, or -1.
+  std::string_view implementation;
+  int64_t capability;
+};
+
+xffi::ErrorOr<std::vector<Link>> make_links(xffi::AnyBuffer x, xffi::AnyBuffer x_scale,
+                                            const xffi::RemainingArgs& arguments,
+                                            const xffi::RemainingRets& results,
+                                            const Attributes& a) {
+  const size_t count = a.eps.size();
+  if (count == 0 || a.swiglu.size() != count || a.added.size() != count ||
+      arguments.size() != kArguments * count || results.size() != kResults * count) {
+    return xffi::Unexpected(
+        invalid(kName, ": each link takes ", kArguments, " arguments, ", kResults,
+                " results and an entry of eps, swiglu and added; got ", arguments.size(), ", ",
+                results.size(), " and ", count, ", ", a.swiglu.size(), ", ", a.added.size()));
+  }
+  std::vector<Link> links;
+  for (size_t i = 0; i < count; ++i) {
+    const auto argument = [&](size_t place) {
+      return *arguments.get<xffi::AnyBuffer>(kArguments * i + place);
+    };
+    const auto result = [&](size_t place) {
+      return **results.get<xffi::AnyBuffer>(kResults * i + place);
+    };
+    xffi::AnyBuffer residual = argument(4);
+    if (a.added[i] >= 0) {
+      if (static_cast<size_t>(a.added[i]) >= i || !absent(residual)) {
+        return xffi::Unexpected(invalid(kName, ": link ", i, " adds the result of link ",
+                                        a.added[i], ", which must be before it, and ",
+                                        describe(residual)));
+      }
+      residual = links[static_cast<size_t>(a.added[i])].d;
+    }
+    links.push_back({i == 0 ? x : links.back().d, x_scale, argument(0), argument(1), argument(2),
+                     argument(3), residual, result(0), result(1), result(2), result(3), a.eps[i],
+                     a.swiglu[i] != 0, i > 0});
+  }
+  return links;
+}
 
 bool is(const xffi::AnyBuffer& buffer, xffi::DataType type, const std::vector<int64_t>& shape) {
   return buffer.element_type() == type && dims(buffer) == shape;
 }
 
-xffi::Error make(const Arguments& a, Product* p) {
+xffi::Error make(const Link& a, Product* p) {
   constexpr auto bf16 = xffi::DataType::BF16, f32 = xffi::DataType::F32;
   const auto x = dims(a.x), w = dims(a.w);
   if (x.size() != 2 || w.size() != 2 || x[1] != w[1] || x[1] == 0 || !is(a.x, bf16, x) ||
@@ -46,14 +93,11 @@ xffi::Error make(const Arguments& a, Product* p) {
     return invalid(kName, ": x must be (M, K) of bfloat16 and w (N, K) of float8_e4m3fn, got ",
                    describe(a.x), " and ", describe(a.w));
   }
-  if (a.activation != "none" && a.activation != "swiglu") {
-    return invalid(kName, ": activation must be none or swiglu, got ", a.activation);
-  }
   p->batch = 1;
   p->m = x[0];
   p->n = w[0];
   p->k = x[1];
-  p->swiglu = a.activation == "swiglu";
+  p->swiglu = a.swiglu;
   if (p->swiglu && p->n % 2 != 0) {
     return invalid(kName, ": swiglu takes an even N, got w ", describe(a.w));
   }
@@ -114,7 +158,7 @@ xffi::Error make(const Arguments& a, Product* p) {
 }
 
 // The product of what `prepare` makes, and what stands behind it.
-Product prepared(const Product& fused, const Arguments& a) {
+Product prepared(const Product& fused, const Link& a) {
   Product p = fused;
   if (a.quantizes() || fused.norm_weight != nullptr) {
     p.x.data = static_cast<const uint8_t*>(a.multiplied.untyped_data());
@@ -129,7 +173,7 @@ Product prepared(const Product& fused, const Arguments& a) {
 }
 
 // The bare product among the steps.
-Product product_of(const Product& fused, const Arguments& a) {
+Product product_of(const Product& fused, const Link& a) {
   Product p = prepared(fused, a);
   p.d = a.sums.untyped_data();
   p.d_type = Type::kF32;
@@ -140,8 +184,7 @@ Product product_of(const Product& fused, const Arguments& a) {
 
 // The norm and the quantization of x, as far as they are asked for.
 template <typename Normalize, typename Fuse, typename Cast>
-cudaError_t prepare(const Product& p, const Arguments& a, Normalize normalize, Fuse fuse,
-                    Cast cast) {
+cudaError_t prepare(const Product& p, const Link& a, Normalize normalize, Fuse fuse, Cast cast) {
   void* const data = a.multiplied.untyped_data();
   if (!a.quantizes()) {
     return p.norm_weight == nullptr ? cudaSuccess : normalize(p, static_cast<__nv_bfloat16*>(data));
@@ -168,7 +211,7 @@ cudaError_t prepare(const Product& p, const Arguments& a, Normalize normalize, F
   return fuse(f);
 }
 
-cudaError_t prepare_on_host(const Product& p, const Arguments& a) {
+cudaError_t prepare_on_host(const Product& p, const Link& a) {
   const auto done = [](auto function) {
     return [function](auto&&... arguments) {
       function(arguments...);
@@ -178,7 +221,7 @@ cudaError_t prepare_on_host(const Product& p, const Arguments& a) {
   return prepare(p, a, done(normalize_host), done(fused_host), done(quantize_host));
 }
 
-cudaError_t prepare_on_device(const Product& p, const Arguments& a, cudaStream_t stream) {
+cudaError_t prepare_on_device(const Product& p, const Link& a, cudaStream_t stream) {
   const auto on_stream = [stream](auto function) {
     return [function, stream](auto&&... arguments) { return function(arguments..., stream); };
   };
@@ -220,21 +263,18 @@ void note_fused(const Product& p, bool quantizes, const char* platform,
                        p.residual != nullptr ? ", residual" : "")}});
 }
 
-xffi::Error run_on_cpu(const Arguments& a) {
-  return guarded(kName, [&]() -> xffi::Error {
-    Product p{};
-    if (auto error = make(a, &p); error.failure()) return error;
-    note_fused(p, a.quantizes(), "cpu", "naive");
-    const ScopedSubnormals subnormals;
-    prepare_on_host(p, a);
-    naive_host(product_of(p, a));
-    finish_host(p, static_cast<const float*>(a.sums.untyped_data()));
-    return xffi::Error::Success();
-  });
+xffi::Error run_on_cpu(const Link& a) {
+  Product p{};
+  if (auto error = make(a, &p); error.failure()) return error;
+  note_fused(p, a.quantizes(), "cpu", "naive");
+  const ScopedSubnormals subnormals;
+  prepare_on_host(p, a);
+  naive_host(product_of(p, a));
+  finish_host(p, static_cast<const float*>(a.sums.untyped_data()));
+  return xffi::Error::Success();
 }
 
-cudaError_t run_steps(const Product& fused, const Arguments& a, int capability,
-                      cudaStream_t stream) {
+cudaError_t run_steps(const Product& fused, const Link& a, int capability, cudaStream_t stream) {
   cudaError_t error = prepare_on_device(fused, a, stream);
   if (error != cudaSuccess) return error;
   const Product p = product_of(fused, a);
@@ -244,84 +284,91 @@ cudaError_t run_steps(const Product& fused, const Arguments& a, int capability,
   return finish_device(fused, static_cast<const float*>(a.sums.untyped_data()), stream);
 }
 
-xffi::Error run_on_cuda(cudaStream_t stream, int32_t ordinal, const Arguments& a) {
-  return guarded(kName, [&]() -> xffi::Error {
-    Product p{};
-    if (auto error = make(a, &p); error.failure()) return error;
-    if (p.m * p.n == 0) return xffi::Error::Success();
-    const ScopedDevice device(ordinal);
-    if (device.error() != cudaSuccess) return from_cuda(kName, device.error());
-    int capability = static_cast<int>(a.capability);  // One that the call pretends, or 0.
-    if (capability == 0) {
-      const cudaError_t error = device_capability(ordinal, &capability);
-      if (error != cudaSuccess) return from_cuda(kName, error);
-    }
-    const Product after = prepared(p, a);
-    const std::string reason =
-        a.quantizes() ? refusal_quantized(after, capability) : refusal(p, capability);
-    const bool is_named = a.implementation == "kernel";
-    if (reason.empty() && (is_named || capability / 10 == 9)) {  // Where it was measured.
-      note_fused(p, a.quantizes(), "cuda", a.quantizes() ? "small_m" : "gemv");
-      if (!a.quantizes()) return from_cuda(kName, small_m_matmul(p, capability, stream));
-      const cudaError_t error = prepare_on_device(p, a, stream);
-      return from_cuda(kName, error == cudaSuccess ? small_m_hopper(after, stream, true) : error);
-    }
-    if (is_named) {
-      return xffi::Error(xffi::ErrorCode::kUnimplemented,
-                         join(kName, ": implementation 'kernel' cannot multiply x ", describe(a.x),
-                              " by w ", describe(a.w), ": ", reason));
-    }
-    note_fused(p, a.quantizes(), "cuda", "steps");
-    return from_cuda(kName, run_steps(p, a, capability, stream));
+xffi::Error run_on_cuda(const Link& a, std::string_view implementation, int capability,
+                        cudaStream_t stream) {
+  Product p{};
+  if (auto error = make(a, &p); error.failure()) return error;
+  if (p.m * p.n == 0) return xffi::Error::Success();
+  const Product after = prepared(p, a);
+  const std::string reason =
+      a.quantizes() ? refusal_quantized(after, capability) : refusal(p, capability);
+  const bool is_named = implementation == "kernel";
+  if (reason.empty() && (is_named || capability / 10 == 9)) {  // Where it was measured.
+    note_fused(p, a.quantizes(), "cuda", a.quantizes() ? "small_m" : "gemv");
+    if (!a.quantizes()) return from_cuda(kName, small_m_matmul(p, capability, stream, a.follows));
+    const cudaError_t error = prepare_on_device(p, a, stream);
+    return from_cuda(kName, error == cudaSuccess ? small_m_hopper(after, stream, true) : error);
+  }
+  if (is_named) {
+    return xffi::Error(xffi::ErrorCode::kUnimplemented,
+                       join(kName, ": implementation 'kernel' cannot multiply x ", describe(a.x),
+                            " by w ", describe(a.w), ": ", reason));
+  }
+  note_fused(p, a.quantizes(), "cuda", "steps");
+  return from_cuda(kName, run_steps(p, a, capability, stream));
+}
+
+// Runs one link after the other.
+template <typename Run>
+xffi::Error run_links(const xffi::ErrorOr<std::vector<Link>>& links, Run run) {
+  if (!links.has_value()) return links.error();
+  for (const Link& link : *links) {
+    if (auto error = run(link); error.failure()) return error;
+  }
+  return xffi::Error::Success();
+}
+
+xffi::Error cpu(xffi::AnyBuffer x, xffi::AnyBuffer x_scale, xffi::RemainingArgs arguments,
+                xffi::RemainingRets results, xffi::Span<const float> eps,
+                xffi::Span<const int64_t> swiglu, xffi::Span<const int64_t> added,
+                std::string_view implementation, int64_t capability) {
+  return guarded(kName, [&] {
+    const Attributes a{eps, swiglu, added, implementation, capability};
+    return run_links(make_links(x, x_scale, arguments, results, a), run_on_cpu);
   });
 }
 
-using Buffer = xffi::AnyBuffer;
-using Result = xffi::Result<xffi::AnyBuffer>;
-
-xffi::Error cpu(Buffer x, Buffer x_scale, Buffer w, Buffer w_scale, Buffer bias, Buffer norm,
-                Buffer residual, Result d, Result multiplied, Result scales, Result sums, float eps,
-                std::string_view activation, std::string_view implementation, int64_t capability) {
-  return run_on_cpu({x, x_scale, w, w_scale, bias, norm, residual, *d, *multiplied, *scales, *sums,
-                     eps, activation, implementation, capability});
-}
-
-xffi::Error cuda(cudaStream_t stream, int32_t ordinal, Buffer x, Buffer x_scale, Buffer w,
-                 Buffer w_scale, Buffer bias, Buffer norm, Buffer residual, Result d,
-                 Result multiplied, Result scales, Result sums, float eps,
-                 std::string_view activation, std::string_view implementation, int64_t capability) {
-  return run_on_cuda(stream, ordinal,
-                     {x, x_scale, w, w_scale, bias, norm, residual, *d, *multiplied, *scales, *sums,
-                      eps, activation, implementation, capability});
+xffi::Error cuda(cudaStream_t stream, int32_t ordinal, xffi::AnyBuffer x, xffi::AnyBuffer x_scale,
+                 xffi::RemainingArgs arguments, xffi::RemainingRets results,
+                 xffi::Span<const float> eps, xffi::Span<const int64_t> swiglu,
+                 xffi::Span<const int64_t> added, std::string_view implementation,
+                 int64_t capability) {
+  return guarded(kName, [&]() -> xffi::Error {
+    const ScopedDevice device(ordinal);
+    if (device.error() != cudaSuccess) return from_cuda(kName, device.error());
+    int known = static_cast<int>(capability);  // One that the call pretends, or 0.
+    if (known == 0) {
+      const cudaError_t error = device_capability(ordinal, &known);
+      if (error != cudaSuccess) return from_cuda(kName, error);
+    }
+    const Attributes a{eps, swiglu, added, implementation, capability};
+    return run_links(make_links(x, x_scale, arguments, results, a), [&](const Link& link) {
+      return run_on_cuda(link, implementation, known, stream);
+    });
+  });
 }
 
 template <typename Binding>
-auto bind_buffers(Binding binding) {
+auto bind_links(Binding binding) {
   return std::move(binding)
-      .template Arg<Buffer>()
-      .template Arg<Buffer>()
-      .template Arg<Buffer>()
-      .template Arg<Buffer>()
-      .template Arg<Buffer>()
-      .template Arg<Buffer>()
-      .template Arg<Buffer>()
-      .template Ret<Buffer>()
-      .template Ret<Buffer>()
-      .template Ret<Buffer>()
-      .template Ret<Buffer>()
-      .template Attr<float>("eps")
-      .template Attr<std::string_view>("activation")
+      .template Arg<xffi::AnyBuffer>()
+      .template Arg<xffi::AnyBuffer>()
+      .RemainingArgs()
+      .RemainingRets()
+      .template Attr<xffi::Span<const float>>("eps")
+      .template Attr<xffi::Span<const int64_t>>("swiglu")
+      .template Attr<xffi::Span<const int64_t>>("added")
       .template Attr<std::string_view>("implementation")
       .template Attr<int64_t>("capability");
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER(fused_matmul_cpu, cpu, bind_buffers(xffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER(fused_matmul_cpu, cpu, bind_links(xffi::Ffi::Bind()));
 XLA_FFI_DEFINE_HANDLER(fused_matmul_cuda, cuda,
-                       bind_buffers(xffi::Ffi::Bind()
-                                        .Ctx<xffi::PlatformStream<cudaStream_t>>()
-                                        .Ctx<xffi::DeviceOrdinal>()),
+                       bind_links(xffi::Ffi::Bind()
+                                      .Ctx<xffi::PlatformStream<cudaStream_t>>()
+                                      .Ctx<xffi::DeviceOrdinal>()),
                        {xffi::Traits::kCmdBufferCompatible});
 
 Stages fused_matmul_cpu_stages() {

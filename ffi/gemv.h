@@ -14,7 +14,8 @@ constexpr int64_t kGemvM = 8;
 // Whether it can have all of X in shared memory, as a norm of X takes.
 bool gemv_takes_norm(const Product& product);
 
-// For what small_m_refusal lets pass, with M <= kGemvM and X in bfloat16 or float16.
-cudaError_t gemv(const Product& product, int processors, cudaStream_t stream);
+// For what small_m_refusal lets pass, with M <= kGemvM and X in bfloat16 or float16. Where it
+// follows the kernel that writes X or the residual, it may start before that one has ended.
+cudaError_t gemv(const Product& product, int processors, cudaStream_t stream, bool follows = false);
 
 }  // namespace jax_fp8

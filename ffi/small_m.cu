@@ -324,12 +324,12 @@ bool small_m_wins(const Product& p, int capability) {
   return small_m_hopper_supports(p, capability) && small_m_hopper_wins(p);
 }
 
-cudaError_t small_m_matmul(const Product& p, int capability, cudaStream_t stream) {
-  if (small_m_hopper_supports(p, capability)) return small_m_hopper(p, stream);
+cudaError_t small_m_matmul(const Product& p, int capability, cudaStream_t stream, bool follows) {
+  if (small_m_hopper_supports(p, capability)) return small_m_hopper(p, stream, follows);
   Device device;
   const cudaError_t error = device.query();
   if (error != cudaSuccess) return error;
-  if (p.m <= kGemvM && p.x.wide()) return gemv(p, device.processors, stream);
+  if (p.m <= kGemvM && p.x.wide()) return gemv(p, device.processors, stream, follows);
   const auto launch_for = [&](auto e4m3) {
     constexpr bool known = decltype(e4m3)::value;
     if (p.x.type == Type::kBF16) return launch_for_m<Type::kBF16, known>(p, device, stream);

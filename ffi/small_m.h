@@ -19,7 +19,9 @@ std::string small_m_refusal(const Product& product, int capability);
 // Whether it is faster than cublasLt, for a product that both can compute.
 bool small_m_wins(const Product& product, int capability);
 
-// `p.x.data` are 16-bit elements where `p.x.type` says so.
-cudaError_t small_m_matmul(const Product& product, int capability, cudaStream_t stream);
+// `p.x.data` are 16-bit elements where `p.x.type` says so. Where it follows the kernel that writes
+// X or the residual, it may start before that one has ended.
+cudaError_t small_m_matmul(const Product& product, int capability, cudaStream_t stream,
+                           bool follows = false);
 
 }  // namespace jax_fp8

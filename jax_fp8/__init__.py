@@ -15,6 +15,7 @@ from jax_fp8._src.fused import (
     rms_norm_quantize,
     swiglu_quantize,
 )
+from jax_fp8._src.fused_chain import Link, fused_chain
 from jax_fp8._src.fused_matmul import fused_matmul
 from jax_fp8._src.health import HealthProbe, OperandStats, health_probe, summarize
 from jax_fp8._src.health_plot import plot_health
@@ -31,6 +32,7 @@ from jax_fp8._src.scaling import ScalingState, calibrate, init_scaling
 
 __all__ = [
     "HealthProbe",
+    "Link",
     "Operand",
     "OperandStats",
     "PreparedWeight",
@@ -46,6 +48,7 @@ __all__ = [
     "dot_general",
     "einsum",
     "export_plans",
+    "fused_chain",
     "fused_matmul",
     "gelu_quantize",
     "health_probe",

@@ -263,6 +263,19 @@ def check_fused_matmul(in_steps, recipe):
     return len(cases)
 
 
+def check_fused_chain():
+    """The bits of separate calls. A product starts early beside a kernel of one block, and many."""
+    shapes = ((1, 48, 272), (8, 8512, 144), (3, 16, 40_000))
+    for m, n, k in shapes:
+        x, w, around = operands(rng, m, n, k, ("residual",))
+        _, up, norm = operands(rng, m, 2 * n, n, ("norm", "swiglu"))
+        links = [jax_fp8.Link(w, **around), jax_fp8.Link(up, **norm), jax_fp8.Link(up)]
+        found = jax_fp8.fused_chain(x, links)
+        for got, want in zip(found, jax_fp8.fused_chain(x, links, one_call=False), strict=True):
+            ref.assert_same_bits(got, want)
+    return len(shapes)
+
+
 # --- scaled_matmul --------------------------------------------------------------------------------
 
 
@@ -422,6 +435,7 @@ def main(chosen):
         for recipe, in_steps in itertools.product(("weight_only", "rowwise"), (False, True)):
             said = f"fused_matmul {recipe}{', in steps' if in_steps else ''}"
             groups.append((said, check_fused_matmul, (in_steps, recipe)))
+        groups.append(("fused_chain", check_fused_chain, ()))
     for implementation in implementations():
         if chosen and implementation not in chosen:
             continue

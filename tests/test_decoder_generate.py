@@ -299,15 +299,15 @@ def test_products_of_few_rows_have_their_neighbours_in_them(family, recipe, para
     texts = tokens_of((2, 4))
     few_rows = {"weight_only_rows": 8} if recipe == "weight_only" else {"weight_only_rows": 0}
     with pytest.MonkeyPatch.context() as patch:  # In one call or in several.
-        patch.setattr(Dense, "fuses", lambda *args, **options: False)
+        patch.setattr(Dense, "fused_recipe", lambda *args, **options: None)
         want = logits(stored(given, weights, **options, **few_rows), texts).astype(np.float32)
     model = stored(given, weights, **options, **few_rows)
     if parallel:  # Its parts are products for themselves, in a block that fuses nothing then.
         model.blocks[0].qkv = Parallel([model.blocks[0].qkv])
     most = 8 if recipe == "weight_only" else 16
     few, many = (jnp.zeros((rows, model.config.width), jnp.bfloat16) for rows in (most, most + 1))
-    assert [b.qkv.fuses(few, norm=True) for b in model.blocks[:2]] == [not parallel, True]
-    assert not model.blocks[1].qkv.fuses(many)
+    assert [b.fused_recipe(few) for b in model.blocks[:2]] == [None if parallel else recipe, recipe]
+    assert model.blocks[1].fused_recipe(many) is None
     found = logits(model, texts).astype(np.float32)
     assert not np.array_equal(found, want)
     # Another rounding to bfloat16 may be another one to FP8.
@@ -319,31 +319,29 @@ def test_what_products_of_few_rows_do_not_take(monkeypatch):
     weight = jax_fp8.quantize(jnp.ones((32, 8192)), granularity="row")
     rows = jnp.zeros((17, 8192), jnp.bfloat16)
     wide = Dense(weight, weight_only_rows=64)
-    assert wide.fuses(rows[:8]) and not wide.fuses(rows[:9])
-    assert wide.fuses(rows[:5], norm=True) and not wide.fuses(rows[:6], norm=True)
-    assert not wide.fuses(rows[:8].astype("float32"))
+    assert wide.fused_recipe(rows[:8]) and not wide.fused_recipe(rows[:9])
+    assert wide.fused_recipe(rows[:5], norm=True) and not wide.fused_recipe(rows[:6], norm=True)
+    assert not wide.fused_recipe(rows[:8].astype("float32"))
     e5m2 = Dense(jax_fp8.quantize(jnp.ones((32, 64)), dtype=jnp.float8_e5m2), weight_only_rows=64)
-    assert not e5m2.fuses(rows[:8, :64])
+    assert not e5m2.fused_recipe(rows[:8, :64])
 
     def quantizing(**options):
         activation = checkpoint.Activation(jax_fp8.Operand(**{"granularity": "row", **options}))
         return Dense(weight, activation=activation, weight_only_rows=0)
 
     monkeypatch.setattr(dense, "_is_hopper_or_no_gpu", lambda: True)
-    assert quantizing().fuses(rows[:16], norm=True) and not quantizing().fuses(rows)
+    assert quantizing().fused_recipe(rows[:16], norm=True) and not quantizing().fused_recipe(rows)
     long = Dense(
         jax_fp8.quantize(jnp.ones((32, 18448)), granularity="row"),
         activation=quantizing().activation,
         weight_only_rows=0,
     )
-    assert not long.fuses(jnp.zeros((2, 18448), jnp.bfloat16))
+    assert not long.fused_recipe(jnp.zeros((2, 18448), jnp.bfloat16))
     for options in ({"granularity": "tensor"}, {"dtype": jnp.float8_e5m2}, {"power_of_two": True}):
-        assert not quantizing(**options).fuses(rows[:2]), options
+        assert not quantizing(**options).fused_recipe(rows[:2]), options
     static = Dense(
         weight, activation=quantizing().activation, input_scale=jnp.ones(()), weight_only_rows=0
     )
-    assert not static.fuses(rows[:2])
-    with pytest.raises(ValueError, match="no fused product of bfloat16"):
-        static.fused(rows[:2])
+    assert not static.fused_recipe(rows[:2])
     monkeypatch.setattr(dense, "_is_hopper_or_no_gpu", lambda: False)
-    assert not quantizing().fuses(rows[:16])
+    assert not quantizing().fused_recipe(rows[:16])

@@ -53,33 +53,51 @@ GIVEN = {
     "multiplied": ((2, 32), jnp.bfloat16),
     "scales": ((0, 1), jnp.float32),
     "sums": ((2, 8), jnp.float32),
-    "eps": 0.0,
-    "activation": "none",
+    "eps": [0.0],
+    "swiglu": [0],
+    "added": [-1],
 }
+LINK = ("w", "w_scale", "bias", "norm", "residual")
 
 
-def call(**changed):
+def call(links=1, **changed):
     """Calls the target with arguments that fit, but for those that are changed."""
     given = {**GIVEN, **changed}
     ffi.register()
     names = ("d", "multiplied", "scales", "sums")
-    results = [jax.ShapeDtypeStruct(*given[name]) for name in names]
-    names = ("x", "x_scale", "w", "w_scale", "bias", "norm", "residual")
+    results = [jax.ShapeDtypeStruct(*given[name]) for name in names] * links
     return jax.ffi.ffi_call("jax_fp8_fused_matmul", results)(
-        *(jnp.asarray(given[name]) for name in names),
-        eps=np.float32(given["eps"]),
-        activation=given["activation"],
+        *(jnp.asarray(given[name]) for name in ("x", "x_scale", *LINK * links)),
+        eps=np.array(given["eps"], np.float32),
+        swiglu=np.array(given["swiglu"], np.int64),
+        added=np.array(given["added"], np.int64),
         implementation="",
         capability=np.int64(0),
-    )[0]
+    )[-4]
 
 
 QUANTIZED = {"multiplied": ((2, 32), jnp.float8_e4m3fn), "scales": ((2, 1), jnp.float32)}
 
 
+#: Two links, of which the second multiplies the result of the first.
+SQUARE = {
+    "w": np.ones((32, 32), jnp.float8_e4m3fn),
+    "w_scale": np.ones((32, 1), np.float32),
+    "d": ((2, 32), jnp.bfloat16),
+    "sums": ((2, 32), jnp.float32),
+    "eps": [0.0, 0.0],
+    "swiglu": [0, 0],
+    "added": [-1, -1],
+    "links": 2,
+}
+RESIDUAL = {"residual": np.ones((2, 32), jnp.bfloat16)}
+
+
 @pytest.mark.parametrize("changed", [{}, QUANTIZED], ids=["weight_only", "rowwise"])
 def test_a_call_that_fits(handlers, changed):
     assert call(**changed).tolist() == [[32.0] * 8] * 2
+    assert call(**changed, **SQUARE).tolist() == [[1024.0] * 32] * 2
+    assert call(**changed, **{**SQUARE, "added": [-1, 0]}).tolist() == [[1056.0] * 32] * 2
 
 
 @pytest.mark.parametrize(
@@ -95,15 +113,22 @@ def test_a_call_that_fits(handlers, changed):
         ({"bias": np.ones(8, np.int32)}, r"the bias must be \(N,\) of float32, bfloat16"),
         ({"norm": np.ones(32, np.float32)}, r"weight must be bfloat16\[32\], got float32\[32\]"),
         ({"residual": np.ones((2, 4), jnp.bfloat16)}, r"must be bfloat16\[2,8\], got .*\[2,4\]"),
-        ({"activation": "swiglu"}, r"result and residual must be bfloat16\[2,4\]"),
+        ({"swiglu": [1]}, r"result and residual must be bfloat16\[2,4\]"),
         ({"d": ((2, 8), jnp.float32)}, r"must be bfloat16\[2,8\], got float32\[2,8\]"),
         ({"multiplied": ((2, 8), jnp.bfloat16)}, "scratch must be bfloat16 for x, or float8"),
         ({**QUANTIZED, "scales": ((1, 1), jnp.float32)}, r"with float32 scales .*float32\[1,1\]"),
         ({"scales": ((2, 1), jnp.float32)}, r"scratch must be bfloat16 .*float32\[2,1\]"),
         ({"sums": ((2, 4), jnp.float32)}, "scratch must be bfloat16 for x, or float8"),
-        ({"activation": "relu"}, "activation must be none or swiglu, got relu"),
-        ({"eps": -1.0}, "eps must be finite and not negative, got -1"),
-        ({"eps": np.nan}, "eps must be finite and not negative"),
+        ({"eps": [-1.0]}, "eps must be finite and not negative, got -1"),
+        ({"eps": [np.nan]}, "eps must be finite and not negative"),
+        ({"eps": [0.0, 0.0]}, "5 arguments, 4 results .* got 5, 4 and 2, 1, 1"),
+        ({"swiglu": [0, 0]}, "got 5, 4 and 1, 2, 1"),
+        ({"added": [-1, -1]}, "got 5, 4 and 1, 1, 2"),
+        ({"links": 2}, "got 10, 8 and 1, 1, 1"),
+        ({"added": [0]}, r"link 0 adds the result of link 0, which must be before it"),
+        ({**SQUARE, "added": [-1, 1]}, "link 1 adds the result of link 1"),
+        ({**SQUARE, **RESIDUAL, "added": [-1, 0]}, r"link 0, .* before it, and bfloat16\[2,32\]"),
+        ({**SQUARE, "d": ((2, 8), jnp.bfloat16)}, r"must be bfloat16\[2,32\], got bfloat16\[2,8"),
     ],
 )
 def test_the_handler_checks_what_it_gets(handlers, changed, message):
@@ -115,7 +140,7 @@ def test_the_handler_refuses_an_odd_swiglu(handlers):
     changed = {
         "w": np.ones((7, 32), jnp.float8_e4m3fn),
         "w_scale": np.ones((1, 1), np.float32),
-        "activation": "swiglu",
+        "swiglu": [1],
     }
     with pytest.raises(jax.errors.JaxRuntimeError, match="swiglu takes an even N, got w .*7,32"):
         jax.block_until_ready(call(**changed))

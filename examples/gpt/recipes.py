@@ -23,6 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "static": {"name": "static", "margin": 1},
     "weight_only": {"name": "weight_only"},
     "rowwise_e5m2": {"name": "rowwise", "gradient_dtype": "float8_e5m2"},
+    "tensorwise_e4m3": {"name": "tensorwise", "gradient_dtype": "float8_e4m3fn"},
     "rowwise_wide_wgrad": {"name": "rowwise", "wide_wgrad": True},
 }
 NAMES = (BF16, BF16_AGAIN, *OPTIONS, FLAX)

@@ -53,6 +53,11 @@ def batch_product(
     return finished(y, bias, inverse_out_scale), (True, True)
 
 
+def with_axis(array: jax.Array, is_batched: bool, size: int) -> jax.Array:
+    """``array`` with an axis of ``size`` in front, where it is not there yet."""
+    return array if is_batched else jnp.broadcast_to(array, (size, *array.shape))
+
+
 def loop(run: Callable[..., Any], in_batched: Sequence[bool], operands: Sequence[jax.Array]) -> Any:
     """Runs one entry after the other."""
     own = {i: whole_along(array, 0) for i, array in enumerate(operands) if in_batched[i]}
@@ -76,8 +81,7 @@ def _multiply(
     if x.dtype not in FP8_DTYPES:  # Its one scale is 1, for every entry.
         x_scale, of_x_scale = jnp.ones((1,) * (x.ndim - of_x), jnp.float32), False
 
-    def front(array: jax.Array, batched: bool) -> jax.Array:
-        return array if batched else jnp.broadcast_to(array, (size, *array.shape))
+    front = functools.partial(with_axis, size=size)
 
     def front_scale(scale: jax.Array, batched: bool, granularity: Granularity) -> jax.Array:
         # One scale for all entries stays one.

@@ -38,6 +38,7 @@ from jax_fp8._src.scaled_array import (
     check_granularity,
     scale_shape,
 )
+from jax_fp8._src.undifferentiable import undifferentiable
 
 
 def _reference(
@@ -274,16 +275,11 @@ def _operation(config: CastTransposeConfig) -> Any:
         )
         return out, (True,) * len(out)
 
-    differentiable = jax.custom_vjp(batched)
-
-    def forward(*operands: jax.Array) -> Any:
-        raise NotImplementedError(
-            "cast_transpose: it cannot be differentiated; put jax.lax.stop_gradient around its"
-            " operands"
-        )
-
-    differentiable.defvjp(forward, lambda residuals, cotangents: cotangents)
-    return jax.jit(differentiable, inline=True)
+    return undifferentiable(
+        batched,
+        "cast_transpose: it cannot be differentiated; put jax.lax.stop_gradient around its"
+        " operands",
+    )
 
 
 def key_words(op: str, key: Any) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import pathlib
@@ -282,39 +283,66 @@ def scaled_matmul(
     )
 
 
-def fused_matmul(
-    operands: tuple[jax.Array | None, ...],
-    *,
-    eps: float,
-    activation: str,
-    columns: int,
-    quantizes: bool,
-    implementation: str,
-    capability: int,
-) -> jax.Array:
-    """Calls ``jax_fp8_fused_matmul``: x (M, K) and w (N, K) to (M, columns).
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """A product of a call of ``jax_fp8_fused_matmul``; x is (M, K).
 
-    ``operands`` are x, w, its scale, the bias, the norm's weight and the residual, of which the
-    last three may be None. Where it ``quantizes``, x goes to E4M3 with scales of its rows.
+    Attributes:
+      w: (N, K).
+      w_scale: of w.
+      bias: None, or (N,).
+      norm: None, or the weight of a norm of x, (K,).
+      residual: None, (M, columns), or the index of the link whose result is added.
+      columns: of the result.
+      eps: of the norm.
+      swiglu: whether the result is of gates and what they gate.
+    """
+
+    w: jax.Array
+    w_scale: jax.Array
+    bias: jax.Array | None
+    norm: jax.Array | None
+    residual: jax.Array | int | None
+    columns: int
+    eps: float
+    swiglu: bool
+
+
+def fused_matmul(
+    x: jax.Array, links: Sequence[Link], *, quantizes: bool, implementation: str, capability: int
+) -> tuple[jax.Array, ...]:
+    """Calls ``jax_fp8_fused_matmul``: (M, columns) of each link.
+
+    The first multiplies x, (M, K), each of the others what the one before it has made. Where it
+    ``quantizes``, what is multiplied goes to E4M3 with scales of its rows.
     """
     register()
-    x, w, w_scale, *others = operands
-    assert x is not None and w is not None
-    results = (
-        _result(x, (x.shape[0], columns), x.dtype),
-        _result(x, x.shape, jnp.float8_e4m3fn if quantizes else x.dtype),
-        _result(x, (x.shape[0] if quantizes else 0, 1), jnp.float32),
-        _result(x, (x.shape[0], w.shape[0]), jnp.float32),
-    )
     none = jnp.zeros((0,), jnp.float32)
-    return jax.ffi.ffi_call("jax_fp8_fused_matmul", results)(
-        *(x, jnp.ones((1, 1), jnp.float32), w, w_scale),
-        *(none if other is None else other for other in others),
-        eps=np.float32(eps),
-        activation=activation,
-        implementation=implementation,
-        capability=np.int64(capability),
-    )[0]
+    operands: list[jax.Array] = []
+    results: list[Any] = []
+    m = x.shape[0]
+    for link in links:
+        n, k = link.w.shape
+        residual = None if isinstance(link.residual, int) else link.residual
+        optional = (link.bias, link.norm, residual)
+        operands += [link.w, link.w_scale, *(none if a is None else a for a in optional)]
+        results += [
+            _result(x, (m, link.columns), x.dtype),
+            _result(x, (m, k), jnp.float8_e4m3fn if quantizes else x.dtype),
+            _result(x, (m if quantizes else 0, 1), jnp.float32),
+            _result(x, (m, n), jnp.float32),
+        ]
+    added = [link.residual if isinstance(link.residual, int) else -1 for link in links]
+    return tuple(
+        jax.ffi.ffi_call("jax_fp8_fused_matmul", results)(
+            *(x, jnp.ones((1, 1), jnp.float32), *operands),
+            eps=np.array([link.eps for link in links], np.float32),
+            swiglu=np.array([link.swiglu for link in links], np.int64),
+            added=np.array(added, np.int64),
+            implementation=implementation,
+            capability=np.int64(capability),
+        )[::4]
+    )
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jax_fp8._src import scaled_matmul as products
@@ -78,11 +79,52 @@ def fused_matmul(
     [[4.0, -7.0]]
     """
     op = "fused_matmul"
-    check_scaled_array(op, "w", w)
+    x = check_x(op, x)
+    config, operands = link_of(
+        op,
+        jax.ShapeDtypeStruct(x.shape, x.dtype),
+        *(w, norm, eps, bias, activation),
+        residual=residual,
+        recipe=recipe,
+        implementation=implementation,
+    )
+    return operation(config)(x, *operands)[0]
+
+
+def check_x(op: str, x: Any) -> jax.Array:
+    """``x`` as an array of 16 bits.
+
+    Raises:
+      TypeError: for another dtype.
+    """
     x = check_wide(op, "x", x)
     if x.dtype == jnp.float32:
         raise TypeError(f"{op}: x must be bfloat16 or float16, got {x.dtype}{x.shape}")
-    if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[1]:
+    return x
+
+
+def link_of(
+    op: str,
+    x: jax.ShapeDtypeStruct,
+    w: Any,
+    norm: Any,
+    eps: Any,
+    bias: Any,
+    activation: str | None,
+    *,
+    residual: Any,
+    recipe: str,
+    implementation: str | None,
+) -> tuple[AroundConfig, tuple[jax.Array, ...]]:
+    """The configuration of a product, and its operands but for x.
+
+    A residual that is a ShapeDtypeStruct stands for one that is not there yet.
+
+    Raises:
+      As fused_matmul does, in the name of ``op``.
+    """
+    check_scaled_array(op, "w", w)
+    if len(x.shape) < 1 or w.ndim != 2 or x.shape[-1] != w.shape[1]:
         raise ValueError(
             f"{op}: multiplies x of (..., K) by w of (N, K), got {x.shape} and {w.shape}"
         )
@@ -110,13 +152,15 @@ def fused_matmul(
                 )
     added = jnp.zeros((), jnp.float32)
     if residual is not None:
-        added = check_wide(op, "residual", residual)
+        is_there = not isinstance(residual, jax.ShapeDtypeStruct)
+        given_residual = check_wide(op, "residual", residual) if is_there else residual
         shape = (*x.shape[:-1], n // 2 if activation else n)
-        if added.shape != shape or added.dtype != x.dtype:
-            raise (TypeError if added.shape == shape else ValueError)(
+        if given_residual.shape != shape or given_residual.dtype != x.dtype:
+            raise (TypeError if given_residual.shape == shape else ValueError)(
                 f"{op}: residual must have shape and dtype of the result, {x.dtype}{shape}, got"
-                f" {added.dtype}{added.shape}"
+                f" {given_residual.dtype}{given_residual.shape}"
             )
+        added = given_residual if is_there else added
     config = AroundConfig(
         granularity=w.granularity,
         eps=check_eps(op, eps),
@@ -135,4 +179,4 @@ def fused_matmul(
                 f"{op}: implementation 'kernel' cannot multiply x {x.dtype.name}{x.shape} by w"
                 f" {w.dtype.name}{w.shape} with granularity {w.granularity!r}: {reason}"
             )
-    return operation(config)(x, w.data, w.scale, given["bias"], given["norm"], added)[0]
+    return config, (w.data, w.scale, given["bias"], given["norm"], added)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_fp8._src import ffi, fused_operation
-from jax_fp8._src.batching import loop
+from jax_fp8._src.batching import loop, with_axis
 from jax_fp8._src.definition import CallConfig
 from jax_fp8._src.fused_definition import FusedConfig, reciprocal_rms
 from jax_fp8._src.partition import Axes, Rule, axes_of, partition
@@ -21,6 +22,7 @@ from jax_fp8._src.quantize import QuantizeConfig, quantize_local
 from jax_fp8._src.recipe import E4M3
 from jax_fp8._src.scaled_array import Granularity
 from jax_fp8._src.scaled_matmul import on_device
+from jax_fp8._src.undifferentiable import undifferentiable
 
 #: What the kernels take. Of 16 bits, as ffi/gemv.cu says: rows, and bytes of shared memory for a
 #: norm's x. Quantized, as ffi/small_m_hopper.cu says: rows.
@@ -78,28 +80,35 @@ def kernel_refusal(config: AroundConfig, x: Any, w: Any, norm: Any) -> str | Non
     return None
 
 
-def _kernel(config: AroundConfig, *operands: jax.Array) -> tuple[jax.Array]:
-    """The handler, which knows (rows, columns) only."""
-    x, w, w_scale, bias, norm, residual = operands
-    rows, n = math.prod(x.shape[:-1]), w.shape[0]
-    columns = n // 2 if config.activation else n
-    y = ffi.fused_matmul(
-        (
-            x.reshape(rows, x.shape[-1]),
-            w,
-            w_scale,
-            bias if config.has_bias else None,
-            norm if config.has_norm else None,
-            residual.reshape(rows, columns) if config.has_residual else None,
-        ),
-        eps=config.eps,
-        activation=config.activation or "none",
+def handler_link(
+    config: AroundConfig, rows: int, operands: Sequence[jax.Array], added: int | None = None
+) -> ffi.Link:
+    """What the handler, which knows (rows, columns) only, takes of w, its scale, and so on."""
+    w, w_scale, bias, norm, residual = operands
+    columns = w.shape[0] // 2 if config.activation else w.shape[0]
+    flat = residual.reshape(rows, columns) if config.has_residual and added is None else None
+    return ffi.Link(
+        w=w,
+        w_scale=w_scale,
+        bias=bias if config.has_bias else None,
+        norm=norm if config.has_norm else None,
+        residual=flat if added is None else added,
         columns=columns,
+        eps=config.eps,
+        swiglu=config.activation == "swiglu",
+    )
+
+
+def _kernel(config: AroundConfig, x: jax.Array, *operands: jax.Array) -> tuple[jax.Array]:
+    rows = math.prod(x.shape[:-1])
+    (y,) = ffi.fused_matmul(
+        x.reshape(rows, x.shape[-1]),
+        [handler_link(config, rows, operands)],
         quantizes=config.quantizes,
         implementation=config.implementation or "",
         capability=config.capability,
     )
-    return (y.reshape(*x.shape[:-1], columns),)
+    return (y.reshape(*x.shape[:-1], y.shape[-1]),)
 
 
 def _quantized(config: AroundConfig, x: jax.Array, norm: jax.Array) -> tuple[jax.Array, ...]:
@@ -113,7 +122,7 @@ def _quantized(config: AroundConfig, x: jax.Array, norm: jax.Array) -> tuple[jax
     return fused_operation.run(of_norm, x, none, norm, none, none)
 
 
-def _steps(
+def steps(
     config: AroundConfig,
     *operands: jax.Array,
     across: tuple[str, ...] = (),
@@ -147,7 +156,7 @@ def _steps(
     return (y.astype(x.dtype),)
 
 
-def _local(config: AroundConfig, *operands: jax.Array, axes: Axes) -> tuple[jax.Array]:
+def local(config: AroundConfig, *operands: jax.Array, axes: Axes) -> tuple[jax.Array]:
     """Runs on the operands of one device, whatever mesh they came from."""
     x, w, _, _, norm, _ = operands
     kernel = functools.partial(_kernel, config)
@@ -155,12 +164,12 @@ def _local(config: AroundConfig, *operands: jax.Array, axes: Axes) -> tuple[jax.
         return kernel(*operands)
     across = axes_of(summed_factors(config.sums), axes)
     gathered = axes_of(("n",), axes) if config.activation else ()
-    steps = functools.partial(_steps, config, across=across, gathered=gathered)
+    in_steps = functools.partial(steps, config, across=across, gathered=gathered)
     # Where K is divided, a device has no sum that anything could be done to.
     kernel_cannot = across or gathered or kernel_refusal(config, x, w, norm)
     if kernel_cannot or config.implementation == "xla":
-        return steps(*operands)
-    return lax.platform_dependent(*operands, cpu=steps, cuda=kernel)
+        return in_steps(*operands)
+    return lax.platform_dependent(*operands, cpu=in_steps, cuda=kernel)
 
 
 def _rule(config: AroundConfig, *operands: jax.Array) -> Rule:
@@ -200,7 +209,7 @@ def _rule(config: AroundConfig, *operands: jax.Array) -> Rule:
 def operation(config: AroundConfig) -> Any:
     """custom_vjp -> custom_vmap -> partition -> platform, for one configuration."""
     batched = jax.custom_batching.custom_vmap(
-        partition(functools.partial(_local, config), functools.partial(_rule, config))
+        partition(functools.partial(local, config), functools.partial(_rule, config))
     )
 
     @batched.def_vmap
@@ -213,20 +222,12 @@ def operation(config: AroundConfig) -> Any:
             # Weights of its own for each entry, or more rows than the kernel takes.
             return loop(run, in_batched, operands), (True,)
 
-        def front(array: jax.Array, is_batched: bool) -> jax.Array:
-            return array if is_batched else jnp.broadcast_to(array, (axis_size, *array.shape))
-
         if config.has_residual:
-            residual = front(residual, in_batched[5])
-        return run(front(x, in_batched[0]), *shared, residual), (True,)
+            residual = with_axis(residual, in_batched[5], axis_size)
+        return run(with_axis(x, in_batched[0], axis_size), *shared, residual), (True,)
 
-    differentiable = jax.custom_vjp(batched)
-
-    def forward(*operands: jax.Array) -> Any:
-        raise NotImplementedError(
-            "fused_matmul: it cannot be differentiated in this version; put"
-            " jax.lax.stop_gradient around its operands, or use jax_fp8.matmul"
-        )
-
-    differentiable.defvjp(forward, lambda residuals, cotangents: cotangents)
-    return jax.jit(differentiable, inline=True)
+    return undifferentiable(
+        batched,
+        "fused_matmul: it cannot be differentiated in this version; put"
+        " jax.lax.stop_gradient around its operands, or use jax_fp8.matmul",
+    )

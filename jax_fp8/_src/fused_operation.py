@@ -19,6 +19,7 @@ from jax_fp8._src.numerics import absolute_max, as_rounded
 from jax_fp8._src.partition import Axes, all_max, axes_of, partition
 from jax_fp8._src.quantize import shared_factors
 from jax_fp8._src.scaled_array import block_shape, scale_shape
+from jax_fp8._src.undifferentiable import undifferentiable
 
 
 def _kernel(config: FusedConfig, *operands: jax.Array) -> tuple[jax.Array, ...]:
@@ -113,13 +114,8 @@ def operation(config: FusedConfig) -> Any:
         out = operation(deeper)(*operands)
         return out, (True,) * len(out)
 
-    differentiable = jax.custom_vjp(batched)
-
-    def forward(*operands: jax.Array) -> Any:
-        raise NotImplementedError(
-            f"{config.op}: it cannot be differentiated in this version; put"
-            " jax.lax.stop_gradient around its operands"
-        )
-
-    differentiable.defvjp(forward, lambda residuals, cotangents: cotangents)
-    return jax.jit(differentiable, inline=True)
+    return undifferentiable(
+        batched,
+        f"{config.op}: it cannot be differentiated in this version; put"
+        " jax.lax.stop_gradient around its operands",
+    )

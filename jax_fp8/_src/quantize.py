@@ -32,6 +32,7 @@ from jax_fp8._src.scaled_array import (
     expand_scale,
     scale_shape,
 )
+from jax_fp8._src.undifferentiable import undifferentiable
 
 WIDE_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 IMPLEMENTATIONS = (None, "kernel", "xla")
@@ -215,16 +216,11 @@ def _operation(config: QuantizeConfig) -> Any:
         out = _operation(deeper)(front(x, in_batched[0]), front(scale, in_batched[1]))
         return out, (True, True, True)
 
-    differentiable = jax.custom_vjp(batched)
-
-    def forward(x: jax.Array, scale: jax.Array) -> Any:
-        raise NotImplementedError(
-            "quantize: it cannot be differentiated; dot_general, einsum and matmul can, or put"
-            " jax.lax.stop_gradient around its operand"
-        )
-
-    differentiable.defvjp(forward, lambda residuals, cotangents: cotangents)
-    return jax.jit(differentiable, inline=True)
+    return undifferentiable(
+        batched,
+        "quantize: it cannot be differentiated; dot_general, einsum and matmul can, or put"
+        " jax.lax.stop_gradient around its operand",
+    )
 
 
 def static_scale(

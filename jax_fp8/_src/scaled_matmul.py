@@ -28,6 +28,7 @@ from jax_fp8._src.scaled_array import (
     block_shape,
     check_scaled_array,
 )
+from jax_fp8._src.undifferentiable import undifferentiable
 
 IMPLEMENTATIONS = (None, "cublaslt", "small_m", "decode", "naive", "xla")
 ACTIVATIONS = (None, "relu", "gelu")
@@ -167,15 +168,10 @@ def _operation(config: CallConfig) -> Any:
     def _vmap(axis_size: int, in_batched: list[bool], *operands: jax.Array) -> Any:
         return batch_product(_operation, config, axis_size, in_batched, operands)
 
-    differentiable = jax.custom_vjp(batched)
-
-    def forward(*operands: jax.Array) -> Any:
-        raise NotImplementedError(
-            "scaled_matmul: its FP8 operands cannot be differentiated, nor its gradients again"
-        )
-
-    differentiable.defvjp(forward, lambda residuals, cotangents: cotangents)
-    return jax.jit(differentiable, inline=True)
+    return undifferentiable(
+        batched,
+        "scaled_matmul: its FP8 operands cannot be differentiated, nor its gradients again",
+    )
 
 
 def precision_is_fast(op: str, precision: Any) -> bool:

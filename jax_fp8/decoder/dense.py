@@ -107,30 +107,13 @@ class Dense(nnx.Module):
             x = jax_fp8.quantize(x, **options)
         return jax_fp8.scaled_matmul(x, weight, bias=bias, preferred_element_type=dtype)
 
-    def fuses(self, x: jax.Array, *, norm: bool = False) -> bool:
-        """Whether a product of as many rows as ``x`` is one call with what is around it.
+    def fused_recipe(self, x: jax.Array, *, norm: bool = False) -> str | None:
+        """The recipe of ``jax_fp8.fused_matmul`` for as many rows as ``x``; None: it is not taken.
 
         Args:
           x: of its rows and dtype the input is.
           norm: whether a norm is what comes before.
         """
-        return self._fused_recipe(x, norm) is not None
-
-    def fused(self, x: jax.Array, **around: Any) -> jax.Array:
-        """As a call, with the norm, activation and residual of ``jax_fp8.fused_matmul``.
-
-        Raises:
-          ValueError: for an ``x`` for which ``fuses`` is False.
-        """
-        recipe = self._fused_recipe(x, "norm" in around)
-        if recipe is None:
-            raise ValueError(
-                f"{self.names}: no fused product of {x.dtype}{x.shape} with this weight"
-            )
-        bias = None if self.bias is None else self.bias[...]
-        return jax_fp8.fused_matmul(x, self.values, bias=bias, recipe=recipe, **around)
-
-    def _fused_recipe(self, x: jax.Array, norm: bool) -> str | None:
         rows, k = math.prod(x.shape[:-1]), self.weight.shape[-1]
         if (
             self.granularity not in ("tensor", "row")
@@ -154,6 +137,11 @@ class Dense(nnx.Module):
             and options["dtype"] == jnp.float8_e4m3fn
         )
         return "rowwise" if is_rowwise else None
+
+    def link(self, **around: Any) -> jax_fp8.Link:
+        """This product with the norm, activation and residual of a ``jax_fp8.Link``."""
+        bias = None if self.bias is None else self.bias[...]
+        return jax_fp8.Link(self.values, bias=bias, **around)
 
     def _own_quantization(self, x: jax.Array) -> dict[str, Any] | None:
         """Options of ``quantize`` that fused producers do not have; None leaves ``x`` wide."""
@@ -188,9 +176,9 @@ class Parallel(nnx.Module):
         agree = len(same) == 1 and self.parts[0].input_scale is None
         return self.parts[0].quantization(x) if agree else None
 
-    def fuses(self, x: jax.Array, *, norm: bool = False) -> bool:
-        """No: there is no one product to be in one with."""
-        return False
+    def fused_recipe(self, x: jax.Array, *, norm: bool = False) -> str | None:
+        """None: there is no one product to be in one with."""
+        return None
 
     def __call__(self, x: Any, dtype: Any = None) -> jax.Array:
         """The results, one after the other along the last axis."""

@@ -68,6 +68,7 @@ class Generator:
         # A flat list, which costs the host less to pass than nnx's tree.
         self._weights, structure = jax.tree.flatten(state)
         self._key = jax.random.key(seed)
+        one_call = all(weight.sharding.is_fully_replicated for weight in self._weights)
 
         def whole(weights: list[Any]) -> Decoder:
             merged: Decoder = nnx.merge(graph, jax.tree.unflatten(structure, weights))
@@ -87,7 +88,8 @@ class Generator:
             model = whole(weights)
             # Here, and not before: so many arrays take the host longer than the GPU.
             cache = empty_cache(self.config, tokens.shape[0], positions, self.dtype)
-            hidden, cache = model.hidden(tokens, cache, Prompt(lengths, tokens.shape[1]))
+            at = Prompt(lengths, tokens.shape[1])
+            hidden, cache = model.hidden(tokens, cache, at, one_call=one_call)
             last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
             return choose(model, last, cache, key, jnp.int32(0))
 
@@ -97,7 +99,8 @@ class Generator:
         @functools.partial(jax.jit, donate_argnames="written")
         def step(weights: list[Any], written: Written, key: Any) -> Written:
             model, cache = whole(weights), written.cache
-            hidden, cache = model.hidden(written.token[:, None], cache, Step(cache.lengths))
+            at = Step(cache.lengths)
+            hidden, cache = model.hidden(written.token[:, None], cache, at, one_call=one_call)
             return choose(model, hidden[:, 0], cache, key, written.count)
 
         self._prefill, self._step = prefill, step

@@ -39,6 +39,24 @@ def empty_cache(config: DecoderConfig, batch: int, positions: int, dtype: Any) -
     return Cache(keys, values, jnp.zeros(batch, jnp.int32))
 
 
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """What goes from block to block.
+
+    Attributes:
+      x: the residual stream, ``(B, T, width)``.
+      delta: what the block before adds to it, so that the next norm can do it; None: nothing.
+      qkv: what the block's first product makes of it, where the block before has multiplied it.
+      one_call: whether products of few rows that follow one another are one call, which takes
+        weights that no mesh divides.
+    """
+
+    x: jax.Array
+    delta: jax.Array | None = None
+    qkv: jax.Array | None = None
+    one_call: bool = True
+
+
 class Block(nnx.Module):
     """Attention and an MLP, each behind an RMSNorm, each added to the residual stream."""
 
@@ -56,38 +74,45 @@ class Block(nnx.Module):
     ) -> None:
         self.config, self.window = config, config.windows[index]
         self.attention_norm, self.mlp_norm = (Frozen(weight) for weight in norms)
-        products: tuple[Any, ...] = qkv, o, gate_up, down  # Any: a Parallel has no `fused`.
+        products: tuple[Any, ...] = qkv, o, gate_up, down  # Any: a Parallel has no `link`.
         self.qkv, self.o, self.gate_up, self.down = products
         q_norm, k_norm = (None, None) if qk_norms is None else map(Frozen, qk_norms)
         self.q_norm: Any = nnx.data(q_norm)
         self.k_norm: Any = nnx.data(k_norm)
 
     def __call__(
-        self, x: jax.Array, delta: jax.Array | None, rotation: Any, keys: Any, values: Any, at: Any
-    ) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]:
+        self,
+        stream: Stream,
+        rotation: Any,
+        keys: Any,
+        values: Any,
+        at: Any,
+        following: Block | None = None,
+    ) -> tuple[Stream, jax.Array, jax.Array]:
         """One step down the residual stream.
 
         Args:
-          x: ``(B, T, width)``, the stream without ``delta``.
-          delta: what the block before adds to it, so that the norm can do it; None: nothing.
+          stream: what comes in.
           rotation: of the rotary embedding.
           keys: of this layer's cache.
           values: likewise.
           at: how queries find what they attend to, a ``Prompt`` or a ``Step``.
+          following: the block behind this one, whose first product may be multiplied here.
 
         Returns:
-          (x, delta, keys, values).
+          (stream, keys, values).
         """
-        c, dtype = self.config, x.dtype
-        # With few rows each product is one call with the norm before it and what comes after it.
-        is_fused = all(product.fuses(x, norm=True) for product in (self.qkv, self.gate_up))
-        is_fused = is_fused and self.o.fuses(x) and self.down.fuses(x)
-        norms = self.attention_norm[...], self.mlp_norm[...]
-        if is_fused:
+        c, x, delta, dtype = self.config, stream.x, stream.delta, stream.x.dtype
+        recipe = self.fused_recipe(x)
+        if stream.qkv is not None:
+            qkv = stream.qkv
+        elif recipe is not None:
             x = x if delta is None else x + delta
-            qkv = self.qkv.fused(x, norm=norms[0], eps=c.eps)
+            (qkv,) = jax_fp8.fused_chain(
+                x, [self.first_link()], recipe=recipe, one_call=stream.one_call
+            )
         else:
-            h, x = norm(x, delta, norms[0], c.eps, self.qkv)
+            h, x = norm(x, delta, self.attention_norm[...], c.eps, self.qkv)
             qkv = self.qkv(h, dtype)
         qkv = qkv.reshape(*x.shape[:-1], c.heads + 2 * c.kv_heads, c.head_dim)
         q, k, v = jnp.split(qkv, (c.heads, c.heads + c.kv_heads), axis=-2)
@@ -98,11 +123,21 @@ class Block(nnx.Module):
         keys, values = at.write(keys, k), at.write(values, v)
         attended = at.attend(q, k, v, keys, values, self.window)
         attended = attended.reshape(*x.shape[:-1], c.heads * c.head_dim)
-        if is_fused:
-            x = self.o.fused(attended, residual=x)
-            h = self.gate_up.fused(x, norm=norms[1], eps=c.eps, activation="swiglu")
-            return self.down.fused(h, residual=x), None, keys, values
-        h, x = norm(x, self.o(attended), norms[1], c.eps, self.gate_up)
+        mlp_norm = self.mlp_norm[...]
+        if recipe is not None:
+            links = [
+                self.o.link(residual=x),
+                self.gate_up.link(norm=mlp_norm, eps=c.eps, activation="swiglu"),
+                self.down.link(residual=0),
+            ]
+            if following is not None and following.fused_recipe(x) == recipe:
+                links.append(following.first_link())
+            _, _, x, *of_next = jax_fp8.fused_chain(
+                attended, links, recipe=recipe, one_call=stream.one_call
+            )
+            stream = Stream(x, one_call=stream.one_call, qkv=of_next[0] if of_next else None)
+            return stream, keys, values
+        h, x = norm(x, self.o(attended), mlp_norm, c.eps, self.gate_up)
         gate_up = self.gate_up(h, dtype)
         options = self.down.quantization(gate_up)
         if options is None:
@@ -110,7 +145,20 @@ class Block(nnx.Module):
             delta = self.down(jax.nn.silu(gate) * up)
         else:
             delta = self.down(jax_fp8.swiglu_quantize(gate_up, **options), dtype)
-        return x, delta, keys, values
+        return Stream(x, delta, one_call=stream.one_call), keys, values
+
+    def fused_recipe(self, x: jax.Array) -> str | None:
+        """The one by which ``jax_fp8.fused_chain`` takes all products, of as many rows as ``x``.
+
+        None where there is no such one.
+        """
+        with_norms = (product.fused_recipe(x, norm=True) for product in (self.qkv, self.gate_up))
+        found = {*with_norms, self.o.fused_recipe(x), self.down.fused_recipe(x)}
+        return found.pop() if len(found) == 1 else None
+
+    def first_link(self) -> jax_fp8.Link:
+        """The first product, with the norm before it."""
+        return self.qkv.link(norm=self.attention_norm[...], eps=self.config.eps)
 
 
 class Decoder(nnx.Module):
@@ -146,16 +194,23 @@ class Decoder(nnx.Module):
         """Of the residual stream and the cache."""
         return self.embedding[...].dtype
 
-    def hidden(self, tokens: jax.Array, cache: Cache, at: Any) -> tuple[jax.Array, Cache]:
-        """What the head reads, ``(B, T, width)``, for the tokens ``(B, T)`` after those cached."""
-        x, delta = self.embedding[...][tokens], None
+    def hidden(
+        self, tokens: jax.Array, cache: Cache, at: Any, *, one_call: bool = True
+    ) -> tuple[jax.Array, Cache]:
+        """What the head reads, ``(B, T, width)``, for the tokens ``(B, T)`` after those cached.
+
+        Where a mesh divides weights, ``one_call`` should be False, as of ``jax_fp8.fused_chain``.
+        """
+        stream = Stream(self.embedding[...][tokens], one_call=one_call)
         rotation = self.config.rope.rotation(at.positions, self.config.head_dim, at.after)
         keys, values = [], []
-        for block, k, v in zip(self.blocks, cache.keys, cache.values, strict=True):
-            x, delta, k, v = block(x, delta, rotation, k, v, at)
+        each = zip(self.blocks, cache.keys, cache.values, strict=True)
+        for index, (block, k, v) in enumerate(each):
+            following = self.blocks[index + 1] if index + 1 < len(self.blocks) else None
+            stream, k, v = block(stream, rotation, k, v, at, following)
             keys.append(k)
             values.append(v)
-        x = x if delta is None else x + delta
+        x = stream.x if stream.delta is None else stream.x + stream.delta
         h = rms_norm(x, self.norm[...], self.config.eps)
         return h, Cache(tuple(keys), tuple(values), at.after)
 
