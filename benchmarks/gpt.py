@@ -73,7 +73,7 @@ def off_percent(group: tables.Group, name: str, figure: str) -> float | None:
 def _said(row: Row) -> str:
     return (
         f"{row['preset']}: {row['parameters'] / 1e6:.0f}M parameters, {row['layers']} layers of"
-        f" width {row['width']}, {row['steps']} steps of {row['tokens_per_step']} bytes,"
+        f" width {row['width']}, steps of {row['tokens_per_step']} bytes,"
         f" {100 * row['dense_share']:.0f} % of the operations of all products in the layers that"
         " a recipe converts"
     )
@@ -86,6 +86,7 @@ def _lines(group: tables.Group) -> Iterator[list[str]]:
         share = f" ({100 * dense / step:.0f} %)" if dense else ""
         yield [
             row["preset"],
+            str(row["steps"]),
             str(row["seed"]),
             name.replace("_", " "),
             number(row["training_loss"], "{:.4f}"),
@@ -116,8 +117,9 @@ def _means(groups: list[tables.Group]) -> Iterator[list[str]]:
                 f"{statistics.mean(off):+.2f} % ({min(off):+.2f} to {max(off):+.2f})"
                 for off in found
             ]
-            preset = seeds[0][name]["preset"]
-            yield [preset, name.replace("_", " "), str(len(seeds)), *said]
+            row = seeds[0][name]
+            steps = str(row["steps"])
+            yield [row["preset"], steps, name.replace("_", " "), str(len(seeds)), *said]
 
 
 def table(rows: list[Row]) -> str:
@@ -133,11 +135,29 @@ def table(rows: list[Row]) -> str:
         " layers that a recipe converts alone (values and gradients; their share of the step), and"
         f" the GiB that XLA allocates for a step beside the state. {'; '.join(problems)}."
     )
-    header = ["", "seed", "recipe", "training", "held out", "to bf16", "step", "speed", "layers"]
+    header = [
+        "",
+        "steps",
+        "seed",
+        "recipe",
+        "training",
+        "held out",
+        "to bf16",
+        "step",
+        "speed",
+        "layers",
+    ]
     lines = [line for group in groups for line in _lines(group)]
     parts = [title, tables.markdown([*header, "GiB"], lines)]
     if means := list(_means(groups)):
-        header = ["", "recipe", "seeds", "training loss to bf16's", "held-out loss to bf16's"]
+        header = [
+            "",
+            "steps",
+            "recipe",
+            "seeds",
+            "training loss to bf16's",
+            "held-out loss to bf16's",
+        ]
         parts.append("The mean over seeds, and from the least to the most:")
         parts.append(tables.markdown(header, means))
     return tables.assemble(parts, tables.errors(rows, KEYS))

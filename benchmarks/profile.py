@@ -206,8 +206,9 @@ def table(rows: list[Row]) -> str:
     title = (
         "Where the time goes, in us of an MLP block of Llama 3 8B, of a step of a decoder of its"
         " shape, or of a dense layer's value and gradients: by kernels, of which those that take"
-        " less than 1 % are `others`. `reading` is what the weights would take at the speed of a"
-        " large copy."
+        " less than 1 % are `others`. `all` is their sum, which is more than what passes where some"
+        " start before those in front of them have ended: each counts from its start. `reading` is"
+        " what the weights would take at the speed of a large copy."
     )
     header = ["", "", "kernel", "calls", "us", "share"]
     return tables.assemble([title, tables.markdown(header, lines)], tables.errors(rows, KEYS))

@@ -98,16 +98,6 @@ __device__ __forceinline__ void run_rows(const Fused& f, Pass asked,
     return static_cast<unsigned>(row) < static_cast<unsigned>(rows);
   };
   if (is_row(row)) fetch(at);
-  if constexpr (regular && Producer::kCentered) {
-    // Weights are needed when all sums are known, and then should be near.
-    const auto* const weight = static_cast<const T*>(f.weight) + column;
-    const auto* const bias = static_cast<const T*>(f.bias) + column;
-#pragma unroll
-    for (int p = 0; p < packs; ++p) {
-      bring_near(weight + p * reach);
-      bring_near(bias + p * reach);
-    }
-  }
   let_follow();  // Not before: what follows would read ahead of these.
 
   // All amaxes begin at zero. That this is so is not waited for before the first one is known.

@@ -13,7 +13,6 @@ namespace {
 // Of the rows, threads and blocks that were tried on an H100, these came closest to a plain read.
 constexpr int kWarps = 8, kThreads = 32 * kWarps, kBlocks = 2;  // Blocks on a multiprocessor.
 constexpr int kFragments = 2, kTileRows = 8 * kFragments;
-constexpr int kAhead = 2;  // Rounds that a kernel asks for while the one in front of it ends.
 constexpr int64_t kNormBytes = 96 << 10;  // Of shared memory for X, with as many blocks as without.
 
 // What stands around a product. kResidual: nothing else; the others may have one too.
@@ -110,27 +109,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
   let_follow();
   const uint64_t policy = policy_read_once();
-  struct Place {
-    int n, k;
-    const uint8_t* w;
-  };
-  const int first_n = static_cast<int>(blockIdx.x) * tile_rows + own_row;
-  Place next{first_n, column, p.w.data + (b * p.n + first_n) * k_size};
-  const auto advance = [&](Place& place) {
-    place.k += kRound;
-    if (place.k == column + rounds * kRound) {
-      place.k = column;
-      place.n += tile_step;
-      place.w += int64_t{tile_step} * k_size;
-    }
-  };
-  // The rows of W that a thread reads in a round; null where there is none.
-  const auto source = [&](const Place& place, int i) -> const uint8_t* {
-    const int half = i / 2, n = i % 2 * 4;
-    return place.k < k_size && place.n + n + (swiglu ? 0 : half * second_half) < d_size
-               ? place.w + (half * second_half + n) * int64_t{k_size} + place.k
-               : nullptr;
-  };
+  int fetch_n = static_cast<int>(blockIdx.x) * tile_rows + own_row, fetch_k = column;
+  const uint8_t* w = p.w.data + (b * p.n + fetch_n) * k_size;
   if constexpr (norm) {
     if (!follows) copy_x(p, thread);  // Ahead of W, whose queue is long.
   }
@@ -155,22 +135,22 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const auto fetch = [&](int slot) {
 #pragma unroll
     for (int i = 0; i < 2 * kFragments; ++i) {
-      const uint8_t* const w = source(next, i);
-      w_ring[slot][i] = w != nullptr ? load_once(w, policy) : uint4{};
+      const int half = i / 2, n = i % 2 * 4;
+      w_ring[slot][i] =
+          fetch_k < k_size && fetch_n + n + (swiglu ? 0 : half * second_half) < d_size
+              ? load_once(w + (half * second_half + n) * int64_t{k_size} + fetch_k, policy)
+              : uint4{};
     }
-    advance(next);
+    fetch_k += kRound;
+    if (fetch_k == column + rounds * kRound) {
+      fetch_k = column;
+      fetch_n += tile_step;
+      w += int64_t{tile_step} * k_size;
+    }
   };
 #pragma unroll
   for (int d = 0; d < depth; ++d) fetch(d);
   if (follows) {
-    Place place = next;
-    for (int round = 0; round < kAhead; ++round, advance(place)) {
-#pragma unroll
-      for (int i = 0; i < 2 * kFragments; ++i) {
-        const uint8_t* const w = source(place, i);
-        if (w != nullptr && lane % 8 == 0) ask_for_line(w);  // Of which 8 threads have a part.
-      }
-    }
     wait_for_kernel_in_front();
     if constexpr (norm) copy_x(p, thread);
   }
@@ -290,17 +270,8 @@ cudaError_t gemv(const Product& p, int processors, cudaStream_t stream, bool fol
     const int64_t tiles = ceil_div(p.d_columns(), p.swiglu ? kTileRows / 2 : kTileRows);
     const int64_t blocks = std::max<int64_t>(1, processors * kBlocks / p.batch);
     const dim3 grid(static_cast<unsigned>(std::min(tiles, blocks)), static_cast<unsigned>(p.batch));
-    cudaLaunchAttribute early{};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = static_cast<size_t>(bytes);
-    config.stream = stream;
-    config.attrs = &early;
-    config.numAttrs = follows ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kernel, p, static_cast<int>(tiles), follows);
+    return launch_kernel(kernel, follows, grid, kThreads, bytes, stream, p, static_cast<int>(tiles),
+                         follows);
   };
   const auto launch_for_m = [&](auto x_type, auto e4m3, auto around) {
     if (p.m <= 4) return launch(x_type, e4m3, std::integral_constant<int, 1>(), around);

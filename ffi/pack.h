@@ -6,11 +6,6 @@
 
 namespace jax_fp8 {
 
-// Asks for the line of L1 around it.
-__device__ inline void bring_near(const void* source) {
-  asm volatile("prefetch.global.L1 [%0];" ::"l"(source));
-}
-
 // `width` consecutive values as they are in memory, so that they can wait in registers for their
 // scale. 8 values, aligned to 16 bytes, are what a thread loads best; 1 is for any address.
 template <Type type, int width>

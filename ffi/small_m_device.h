@@ -77,11 +77,6 @@ __device__ uint4 load_once(const uint8_t* source, uint64_t policy) {
   return v;
 }
 
-// The 128 bytes around it, into L2.
-__device__ void ask_for_line(const void* source) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(source));
-}
-
 __device__ uint64_t policy_read_once() {
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));

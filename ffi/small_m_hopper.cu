@@ -344,18 +344,9 @@ cudaError_t launch(const Product& p, int processors, bool follows, cudaStream_t 
   if (error != cudaSuccess) return error;
   const int64_t tiles = ceil_div(p.n, kTileRows);  // Of two halves for a SwiGLU.
   const int64_t blocks = std::clamp<int64_t>(processors / p.batch, 1, tiles);
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(p.batch));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes =
-      static_cast<size_t>(bytes_without_x(columns) + kGroups * x_slots * x_chunk(columns));
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = follows ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, p, x_slots, x_map);
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(p.batch));
+  const int bytes = bytes_without_x(columns) + kGroups * x_slots * x_chunk(columns);
+  return launch_kernel(kernel, follows, grid, kThreads, bytes, stream, p, x_slots, x_map);
 }
 
 }  // namespace

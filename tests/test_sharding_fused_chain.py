@@ -19,7 +19,8 @@ def run(x, residual, weights):
     links = [Link(o, residual=residual), Link(up, **norm, eps=EPS), Link(down, residual=0)]
     return jax_fp8.fused_chain(x, links, one_call=one_call)
 
-want = [np.asarray(y).astype(np.float32) for y in jax.jit(run)(x, around["residual"], (w, up, down))]
+whole = jax.jit(run)(x, around["residual"], (w, up, down))
+want = [np.asarray(y).astype(np.float32) for y in whole]
 for name, of_x, of_up, of_down, moved in CASES:
     with jax.set_mesh(mesh):
         def lies(w, data, scale=()):
