@@ -179,9 +179,17 @@ def _accuracy(figure: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def _gpt(figure: Any, rows: list[dict[str, Any]]) -> None:
-    """Loss curves of the longest run, and each against bf16's on the same batches."""
+    """Loss curves of one problem, and each against bf16's on the same batches.
+
+    Of those that were trained for 1,000 steps or, where there is none, for the most: the one with
+    the most recipes.
+    """
+
+    def rank(group: tables.Group) -> tuple[int, int]:
+        return min(next(iter(group.values()))["steps"], 1000), len(group)
+
     groups = tables.groups([r for r in rows if r.get("step_ms")], gpt.KEYS).values()
-    group = max(groups, key=lambda group: next(iter(group.values()))["steps"], default={})
+    group = max(groups, key=rank, default={})
     left, right = figure.subplots(1, 2)
     wide = group.get("bf16")
     for i, (name, row) in enumerate(group.items()):

@@ -287,12 +287,12 @@ def test_table_and_picture(tmp_path):
     found["rows"].append({**found["rows"][0], "variant": "static", "step_ms": None, "error": "no"})
     text = report.table(found["rows"])
     title, table, failed = text.split("\n\n", 2)
-    assert "99M parameters, 14 layers of width 768, 1000 steps of 16384 bytes" in title
+    assert "99M parameters, 14 layers of width 768, steps of 16384 bytes" in title
     assert len(table.splitlines()) == 2 + 8
     (line,) = [line for line in table.splitlines() if "100m" in line and "rowwise" in line]
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
     losses = ["0.8030", "0.9030", "+0.33 %"]
-    assert cells == ["100m", "0", "rowwise", *losses, "25", "1.20", "12.5 (50 %)", "1.00"]
+    assert cells == ["100m", "1000", "0", "rowwise", *losses, "25", "1.20", "12.5 (50 %)", "1.00"]
     assert "static at 100m" in failed
     path = plots.draw(found, tmp_path / "gpt.png")
     assert path.read_bytes().startswith(b"\x89PNG")
