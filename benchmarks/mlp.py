@@ -75,8 +75,8 @@ def _around(recipe: str) -> Callable[..., State]:
     """The block as two products with all else in them, where ``x`` has ``delta`` already."""
 
     def block(x: jax.Array, delta: jax.Array, norm: jax.Array, up: Any, down: Any) -> State:
-        first = jax_fp8.Link(up, norm=norm, eps=EPS, activation="swiglu")
-        links = [first, jax_fp8.Link(down, residual=x)]
+        first = jax_fp8.ChainLink(up, norm=norm, eps=EPS, activation="swiglu")
+        links = [first, jax_fp8.ChainLink(down, residual=x)]
         _, total = jax_fp8.fused_chain(x, links, recipe=recipe)
         return total, total - x  # Which nothing but the comparison of errors takes.
 

@@ -22,7 +22,9 @@ __device__ inline void wait_for_kernel_in_front() {
 #endif
 }
 
-// Launches a kernel, which follows the one in front of it or does not.
+// Launches a kernel, which follows the one in front of it or does not. Where several follow one
+// another, each may start while the last that does not still runs: before its wait a kernel reads
+// what none of these writes.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), bool follows, dim3 grid, int threads,
                           int bytes, cudaStream_t stream, const Arguments&... arguments) {
@@ -36,7 +38,9 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), bool follows, dim3 grid
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = follows ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (error != cudaSuccess) cudaGetLastError();  // Told here, and no longer to whoever asks next.
+  return error;
 }
 
 }  // namespace jax_fp8

@@ -41,8 +41,6 @@ struct Attributes {
   xffi::Span<const float> eps;
   xffi::Span<const int64_t> swiglu;  // 0 or 1.
   xffi::Span<const int64_t> added;   // The link whose result is the residual, or -1.
-  std::string_view implementation;
-  int64_t capability;
 };
 
 xffi::ErrorOr<std::vector<Link>> make_links(xffi::AnyBuffer x, xffi::AnyBuffer x_scale,
@@ -65,9 +63,13 @@ xffi::ErrorOr<std::vector<Link>> make_links(xffi::AnyBuffer x, xffi::AnyBuffer x
     const auto result = [&](size_t place) {
       return **results.get<xffi::AnyBuffer>(kResults * i + place);
     };
+    if (a.swiglu[i] != 0 && a.swiglu[i] != 1) {
+      return xffi::Unexpected(
+          invalid(kName, ": swiglu must be 0 or 1, got ", a.swiglu[i], " for link ", i));
+    }
     xffi::AnyBuffer residual = argument(4);
-    if (a.added[i] >= 0) {
-      if (static_cast<size_t>(a.added[i]) >= i || !absent(residual)) {
+    if (a.added[i] != -1) {
+      if (a.added[i] < 0 || static_cast<size_t>(a.added[i]) >= i || !absent(residual)) {
         return xffi::Unexpected(invalid(kName, ": link ", i, " adds the result of link ",
                                         a.added[i], ", which must be before it, and ",
                                         describe(residual)));
@@ -76,7 +78,7 @@ xffi::ErrorOr<std::vector<Link>> make_links(xffi::AnyBuffer x, xffi::AnyBuffer x
     }
     links.push_back({i == 0 ? x : links.back().d, x_scale, argument(0), argument(1), argument(2),
                      argument(3), residual, result(0), result(1), result(2), result(3), a.eps[i],
-                     a.swiglu[i] != 0, i > 0});
+                     a.swiglu[i] == 1, i > 0});
   }
   return links;
 }
@@ -323,7 +325,7 @@ xffi::Error cpu(xffi::AnyBuffer x, xffi::AnyBuffer x_scale, xffi::RemainingArgs 
                 xffi::Span<const int64_t> swiglu, xffi::Span<const int64_t> added,
                 std::string_view implementation, int64_t capability) {
   return guarded(kName, [&] {
-    const Attributes a{eps, swiglu, added, implementation, capability};
+    const Attributes a{eps, swiglu, added};
     return run_links(make_links(x, x_scale, arguments, results, a), run_on_cpu);
   });
 }
@@ -341,7 +343,7 @@ xffi::Error cuda(cudaStream_t stream, int32_t ordinal, xffi::AnyBuffer x, xffi::
       const cudaError_t error = device_capability(ordinal, &known);
       if (error != cudaSuccess) return from_cuda(kName, error);
     }
-    const Attributes a{eps, swiglu, added, implementation, capability};
+    const Attributes a{eps, swiglu, added};
     return run_links(make_links(x, x_scale, arguments, results, a), [&](const Link& link) {
       return run_on_cuda(link, implementation, known, stream);
     });

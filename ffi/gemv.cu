@@ -78,7 +78,7 @@ __device__ void multiply_x(const Product& p, int thread, float (&warp_squares)[r
 //
 // What fused_matmul.h puts around a product costs no more than this:
 // - Norm: a block has all of X in shared memory, times the norm's weight, before the first of W has
-//   come; the rows' RMS are needed at the end of a tile.
+//   come (where it follows: after that); the rows' RMS are needed at the end of a tile.
 // - SwiGLU: one half of a tile are gates, the other half the values that go with them.
 //
 // Where it follows the kernel that writes X or the residual, it starts and reads the first of W on

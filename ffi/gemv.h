@@ -15,7 +15,8 @@ constexpr int64_t kGemvM = 8;
 bool gemv_takes_norm(const Product& product);
 
 // For what small_m_refusal lets pass, with M <= kGemvM and X in bfloat16 or float16. Where it
-// follows the kernel that writes X or the residual, it may start before that one has ended.
+// follows the kernel that writes X or the residual, it may start before that one has ended, and W
+// must be older than all kernels that follow one another there.
 cudaError_t gemv(const Product& product, int processors, cudaStream_t stream, bool follows = false);
 
 }  // namespace jax_fp8

@@ -59,10 +59,10 @@ __device__ void copy_pack(uint4* target, const uint4* source) {
 
 __device__ void wait_for_packs() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// 16 bytes, by way of L1.
+// 16 bytes, by way of L1. Not `nc`: a kernel that starts early runs while they are written.
 __device__ uint4 load_often(const uint8_t* source) {
   uint4 v;
-  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(source));
   return v;

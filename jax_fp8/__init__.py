@@ -15,7 +15,7 @@ from jax_fp8._src.fused import (
     rms_norm_quantize,
     swiglu_quantize,
 )
-from jax_fp8._src.fused_chain import Link, fused_chain
+from jax_fp8._src.fused_chain import ChainLink, fused_chain
 from jax_fp8._src.fused_matmul import fused_matmul
 from jax_fp8._src.health import HealthProbe, OperandStats, health_probe, summarize
 from jax_fp8._src.health_plot import plot_health
@@ -31,8 +31,8 @@ from jax_fp8._src.scaled_matmul import scaled_matmul
 from jax_fp8._src.scaling import ScalingState, calibrate, init_scaling
 
 __all__ = [
+    "ChainLink",
     "HealthProbe",
-    "Link",
     "Operand",
     "OperandStats",
     "PreparedWeight",

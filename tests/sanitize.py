@@ -4,8 +4,8 @@ A program for compute-sanitizer, which makes kernels many times slower:
 
   compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitize.py [WHAT ...]
 
-WHAT is "quantize", "cast_transpose", "fused", "fused_matmul" or an implementation of the product;
-all of them if nothing is said.
+WHAT is "quantize", "cast_transpose", "fused", "fused_matmul" (which has the chains too) or an
+implementation of the product; all of them if nothing is said.
 It exits with 1 when a number is wrong. On a CPU it runs the loops of the host.
 """
 
@@ -263,15 +263,19 @@ def check_fused_matmul(in_steps, recipe):
     return len(cases)
 
 
-def check_fused_chain():
+def check_fused_chain(recipe):
     """The bits of separate calls. A product starts early beside a kernel of one block, and many."""
-    shapes = ((1, 48, 272), (8, 8512, 144), (3, 16, 40_000))
+    shapes = ((1, 48, 272), (8, 5456, 144), (3, 16, 40_000))
+    options = {"recipe": recipe, "implementation": "kernel"}
     for m, n, k in shapes:
         x, w, around = operands(rng, m, n, k, ("residual",))
         _, up, norm = operands(rng, m, 2 * n, n, ("norm", "swiglu"))
-        links = [jax_fp8.Link(w, **around), jax_fp8.Link(up, **norm), jax_fp8.Link(up)]
-        found = jax_fp8.fused_chain(x, links)
-        for got, want in zip(found, jax_fp8.fused_chain(x, links, one_call=False), strict=True):
+        _, same, _ = operands(rng, m, n, n, ())
+        first = jax_fp8.ChainLink(w, **around)
+        links = [first, jax_fp8.ChainLink(up, **norm), jax_fp8.ChainLink(same, residual=0)]
+        found = jax_fp8.fused_chain(x, links, **options)
+        apart = jax_fp8.fused_chain(x, links, one_call=False, **options)
+        for got, want in zip(found, apart, strict=True):
             ref.assert_same_bits(got, want)
     return len(shapes)
 
@@ -435,7 +439,8 @@ def main(chosen):
         for recipe, in_steps in itertools.product(("weight_only", "rowwise"), (False, True)):
             said = f"fused_matmul {recipe}{', in steps' if in_steps else ''}"
             groups.append((said, check_fused_matmul, (in_steps, recipe)))
-        groups.append(("fused_chain", check_fused_chain, ()))
+        for recipe in ("weight_only", "rowwise"):
+            groups.append((f"fused_chain {recipe}", check_fused_chain, (recipe,)))
     for implementation in implementations():
         if chosen and implementation not in chosen:
             continue

@@ -36,7 +36,7 @@ def stored(given, weights, **options):
     return model
 
 
-def logits(model, tokens, lengths=None):
+def logits(model, tokens, lengths=None, one_call=False):
     """Of all tokens (B, T) at once."""
     size = tokens.shape[1]
     lengths = jnp.full(len(tokens), size) if lengths is None else jnp.asarray(lengths)
@@ -45,7 +45,8 @@ def logits(model, tokens, lengths=None):
     def run(state, tokens, lengths):
         model = nnx.merge(graph, state)
         cache = decoder.empty_cache(model.config, len(tokens), size, model.dtype)
-        hidden, _ = model.hidden(tokens, cache, decoder.Prompt(lengths, size))
+        at = decoder.Prompt(lengths, size)
+        hidden, _ = model.hidden(tokens, cache, at, one_call=one_call)
         return model.logits(hidden)
 
     graph, state = nnx.split(model)

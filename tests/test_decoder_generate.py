@@ -287,7 +287,7 @@ def test_the_command_compares_what_the_device_says_of_memory(folder, monkeypatch
     assert [line.split()[-2:] for line in lines] == [["5.00", "GiB"], ["1.50", "GiB"]]
 
 
-@pytest.mark.parametrize("parallel", [False, True], ids=["all", "all but one"])
+@pytest.mark.parametrize("parallel", [None, 0, 1], ids=["all", "all but the first", "all but one"])
 @pytest.mark.parametrize(
     "family, recipe", [("llama", "weight_only"), ("llama", "rowwise"), ("qwen2", "weight_only")]
 )
@@ -302,17 +302,32 @@ def test_products_of_few_rows_have_their_neighbours_in_them(family, recipe, para
         patch.setattr(Dense, "fused_recipe", lambda *args, **options: None)
         want = logits(stored(given, weights, **options, **few_rows), texts).astype(np.float32)
     model = stored(given, weights, **options, **few_rows)
-    if parallel:  # Its parts are products for themselves, in a block that fuses nothing then.
-        model.blocks[0].qkv = Parallel([model.blocks[0].qkv])
+    if parallel is not None:  # Its parts are products for themselves; this block fuses nothing.
+        model.blocks[parallel].qkv = Parallel([model.blocks[parallel].qkv])
     most = 8 if recipe == "weight_only" else 16
     few, many = (jnp.zeros((rows, model.config.width), jnp.bfloat16) for rows in (most, most + 1))
-    assert [b.fused_recipe(few) for b in model.blocks[:2]] == [None if parallel else recipe, recipe]
-    assert model.blocks[1].fused_recipe(many) is None
-    found = logits(model, texts).astype(np.float32)
-    assert not np.array_equal(found, want)
-    # Another rounding to bfloat16 may be another one to FP8.
-    bound = 0.02 if recipe == "weight_only" else 0.06
-    assert np.linalg.norm(found - want) < bound * np.linalg.norm(want)
+    fuses = [index != parallel for index in range(len(model.blocks))]
+    assert [b.fused_recipe(few) for b in model.blocks] == [recipe if f else None for f in fuses]
+    assert model.blocks[-1].fused_recipe(many) is None
+    for one_call in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            counts, run = [], jax_fp8.fused_chain
+
+            def chain(x, links, run=run, counts=counts, expected=one_call, **options):
+                assert options["one_call"] is expected
+                counts.append(len(links))
+                return run(x, links, **options)
+
+            patch.setattr(jax_fp8, "fused_chain", chain)
+            found = logits(model, texts, one_call=one_call).astype(np.float32)
+        # A first product, where no block before has multiplied it, and from attention to attention.
+        firsts = [f and not (i and fuses[i - 1]) for i, f in enumerate(fuses)]
+        each = zip(firsts, fuses, [*fuses[1:], False], strict=True)
+        assert counts == [n for a, b, c in each for n in [1] * a + [3 + c] * b]
+        assert not np.array_equal(found, want)
+        # Another rounding to bfloat16 may be another one to FP8.
+        bound = 0.02 if recipe == "weight_only" else 0.06
+        assert np.linalg.norm(found - want) < bound * np.linalg.norm(want)
 
 
 def test_what_products_of_few_rows_do_not_take(monkeypatch):

@@ -36,7 +36,8 @@ def written(model, texts, lengths, steps):
     @jax.jit
     def step(state, token, cache):
         model = nnx.merge(graph, state)
-        hidden, cache = model.hidden(token[:, None], cache, decoder.Step(cache.lengths))
+        at = decoder.Step(cache.lengths)
+        hidden, cache = model.hidden(token[:, None], cache, at, one_call=True)
         return model.logits(hidden[:, 0]), cache
 
     rows, size = np.arange(len(texts)), int(lengths.max())

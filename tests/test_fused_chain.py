@@ -1,15 +1,18 @@
 """fused_chain: the results of separate calls, in one; its arguments, its transformations."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import references as ref
 from around_cases import EPS, operands
-from cases import on_gpu, scaled
+from cases import on_gpu
 
 import jax_fp8
-from jax_fp8 import Link
+from jax_fp8 import ChainLink as Link
+from jax_fp8._src import ffi
 
 
 @pytest.fixture
@@ -224,13 +227,23 @@ def test_bad_arguments(changed, error, message):
 
 def test_bad_arguments_of_all_links():
     x, links = jnp.ones((2, 32), jnp.bfloat16), [Link(jax_fp8.quantize(jnp.ones((32, 32))))]
-    with pytest.raises(TypeError, match="fused_chain: links must be jax_fp8.Link, got ScaledArray"):
+    with pytest.raises(TypeError, match="links must be jax_fp8.ChainLink, got Scaled"):
         jax_fp8.fused_chain(x, [links[0].w])
     with pytest.raises(TypeError, match="fused_chain: x must be bfloat16 or float16, got float32"):
         jax_fp8.fused_chain(x.astype(jnp.float32), links)
     for name in ("recipe", "implementation"):
         with pytest.raises(ValueError, match=f"unknown {name} 'gemv'"):
             jax_fp8.fused_chain(x, links, **{name: "gemv"})
+
+
+def test_what_is_no_array_is_no_residual():
+    x, w = jnp.ones((2, 32), jnp.bfloat16), jax_fp8.quantize(jnp.ones((32, 32)))
+    struct = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    for implementation in (None, "xla", "kernel"):
+        with pytest.raises(TypeError):
+            jax_fp8.fused_matmul(x, w, residual=struct, implementation=implementation)
+        with pytest.raises(TypeError):
+            jax_fp8.fused_chain(x, [Link(w, residual=struct)], implementation=implementation)
 
 
 # --- On a GPU -------------------------------------------------------------------------------------
@@ -290,18 +303,24 @@ def test_what_runs(rng, recipe):
     assert len(found) == 4
 
 
-@pytest.mark.gpu
-def test_a_part_of_a_larger_buffer(rng):
-    """A link that goes in steps is between two that do not."""
-    x, links = block(rng, 2, 64, 96)
-    flat = jnp.concatenate([jnp.zeros(8, ref.E4M3), links[2].w.data.reshape(-1)])
+def test_a_link_in_steps_is_between_two_that_are_not(handlers, rng):
+    """Of the handler: operations do not ask it for links that it has no kernel for."""
+    ffi.register()
+    options = {"quantizes": False, "implementation": "", "capability": 0}
 
-    @jax.jit
-    def run(flat):
-        w = scaled(flat[8:].reshape(64, 96), links[2].w.scale, "row")
-        return jax_fp8.fused_chain(x, [*links[:2], Link(w, residual=0), links[3]])
+    def link(n, k, residual=None):
+        w = jax_fp8.quantize(jnp.asarray(rng.standard_normal((n, k)), jnp.float32))
+        return ffi.Link(w.data, w.scale, None, None, residual, n, 0.0, swiglu=False)
 
-    for got, want in zip(run(flat), apart(x, links), strict=True):
-        np.testing.assert_allclose(
-            got.astype(jnp.float32), want.astype(jnp.float32), rtol=0.02, atol=0.05
-        )
+    x = jnp.asarray(rng.standard_normal((2, 64)), ref.BF16)
+    links = [link(72, 64), link(64, 72), link(64, 64, residual=1), link(64, 64)]
+    jax_fp8.clear_plans()
+    found = jax.block_until_ready(ffi.fused_matmul(x, links, **options))
+    ran = [p["implementation"] for p in jax_fp8.plans() if p["when"] == "run"]
+    # A K of 72 is not in steps of 16.
+    assert ran == (["gemv", "steps", "gemv", "gemv"] if ref.on_gpu() else ["naive"] * 4)
+    for one, got in zip(links, found, strict=True):
+        residual = one.residual if one.residual is None else found[one.residual]
+        (want,) = ffi.fused_matmul(x, [dataclasses.replace(one, residual=residual)], **options)
+        ref.assert_same_bits(got, want)
+        x = got

@@ -123,6 +123,8 @@ def test_a_call_that_fits(handlers, changed):
         ({"eps": [np.nan]}, "eps must be finite and not negative"),
         ({"eps": [0.0, 0.0]}, "5 arguments, 4 results .* got 5, 4 and 2, 1, 1"),
         ({"swiglu": [0, 0]}, "got 5, 4 and 1, 2, 1"),
+        ({"swiglu": [2]}, "swiglu must be 0 or 1, got 2 for link 0"),
+        ({"added": [-2]}, "link 0 adds the result of link -2"),
         ({"added": [-1, -1]}, "got 5, 4 and 1, 1, 2"),
         ({"links": 2}, "got 10, 8 and 1, 1, 1"),
         ({"added": [0]}, r"link 0 adds the result of link 0, which must be before it"),

@@ -7,7 +7,7 @@ pytestmark = pytest.mark.ends
 
 SCRIPT = """
 from around_cases import EPS, operands
-from jax_fp8 import Link
+from jax_fp8 import ChainLink as Link
 
 x, w, around = operands(rng, 8, 64, 64, ("residual",))
 _, up, norm = operands(rng, 8, 256, 64, ("norm", "swiglu"))
@@ -54,3 +54,39 @@ def test_separate_calls(kind):
     ("weights", (), ("b",), (None, "b"), {"all-gather f32": 1, "all-reduce f32": 1}),
 ]"""
     check(SCRIPT.replace("CASES", cases).replace("ONE_CALL", "False"), kind)
+
+
+def test_a_decoder_whose_weights_are_divided():
+    """Its products are separate calls, which multiply them where they lie."""
+    pytest.importorskip("flax")
+    check(
+        """
+import decoder_cases as cases
+from flax import nnx
+from jax_fp8 import decoder
+
+model = decoder.random(decoder.read_config(cases.config("llama")), recipe="weight_only")
+graph, state = nnx.split(model)
+asked, run = [], jax_fp8.fused_chain
+def chain(x, links, *, one_call, **options):
+    asked.append(one_call)
+    return run(x, links, one_call=one_call, **options)
+jax_fp8.fused_chain = chain
+
+def tokens_of(lies):
+    asked.clear()
+    model = nnx.merge(graph, jax.tree.map(lies, state))
+    generator = decoder.Generator(model, positions=16)
+    return [int(token[0]) for token in generator.stream([[3, 4, 5]], 3, eos=())]
+
+def divided(x):
+    is_weight = x.dtype == jnp.float8_e4m3fn and x.shape[0] % 2 == 0
+    return put(x, mesh, *(("a",) if is_weight else ()))
+
+for lies, one_call in ((lambda x: x, True), (lambda x: put(x, mesh), True), (np.asarray, True),
+                       (divided, False)):
+    tokens = tokens_of(lies)
+    assert len(tokens) == 3 and min(tokens) >= 0 and set(asked) == {one_call}, (tokens, asked)
+""",
+        "Auto",
+    )

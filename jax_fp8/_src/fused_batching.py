@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jax_fp8._src.fused_definition import FusedConfig
+from jax_fp8._src.placement import with_axis
 
 
 def batch_fused(config: FusedConfig, size: int, batched: list[bool], operands: Any) -> Any:
@@ -16,8 +18,7 @@ def batch_fused(config: FusedConfig, size: int, batched: list[bool], operands: A
     x, residual, weight, bias, scale = operands
     batch = x.shape[batched[0] :][: config.batch_dims]
 
-    def front(array: jax.Array, is_batched: bool) -> jax.Array:
-        return array if is_batched else jnp.broadcast_to(array, (size, *array.shape))
+    front = functools.partial(with_axis, size=size)
 
     def with_batch(array: jax.Array, is_batched: bool) -> jax.Array:
         array = front(array, is_batched)

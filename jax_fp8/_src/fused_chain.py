@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax import lax
 
-from jax_fp8._src import ffi, fused_matmul_operation
-from jax_fp8._src.batching import loop, with_axis
+from jax_fp8._src import fused_matmul_operation
+from jax_fp8._src.batching import loop
 from jax_fp8._src.fused_matmul import check_x, link_of
-from jax_fp8._src.fused_matmul_operation import AroundConfig, handler_link, kernel_refusal
+from jax_fp8._src.fused_matmul_operation import AroundConfig, kernel, kernel_refusal
 from jax_fp8._src.partition import Axes, Rule, partition
+from jax_fp8._src.placement import with_axis
 from jax_fp8._src.scaled_array import ScaledArray
 from jax_fp8._src.undifferentiable import undifferentiable
 
 
-@dataclasses.dataclass(frozen=True)
-class Link:
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChainLink:
     """A product of ``fused_chain``.
 
     Attributes:
@@ -43,7 +43,7 @@ class Link:
 
 def fused_chain(
     x: Any,
-    links: Sequence[Link],
+    links: Sequence[ChainLink],
     *,
     recipe: str = "weight_only",
     implementation: str | None = None,
@@ -56,8 +56,9 @@ def fused_chain(
     leaves at its end. Separate calls cannot do that, as each is a node of its own in the graph that
     XLA captures.
 
-    Over a mesh one call divides nothing but the rows of ``x``: weights that are divided are brought
-    together on each device. Separate calls multiply them where they lie.
+    Over a mesh one call divides nothing but the rows of ``x``: where weights are divided, or
+    columns of ``x`` or of a residual, these are brought together on each device. Separate calls
+    multiply them where they lie.
 
     Args:
       x: as of ``fused_matmul``.
@@ -77,7 +78,7 @@ def fused_chain(
 
     >>> import jax.numpy as jnp, jax_fp8
     >>> x, w = jnp.array([[3, -3]], jnp.bfloat16), jax_fp8.quantize(jnp.array([[1.0, 0], [0, 4.0]]))
-    >>> links = [jax_fp8.Link(w), jax_fp8.Link(w, residual=0)]
+    >>> links = [jax_fp8.ChainLink(w), jax_fp8.ChainLink(w, residual=0)]
     >>> [y.tolist() for y in jax_fp8.fused_chain(x, links)]
     [[[3.0, -12.0]], [[6.0, -60.0]]]
     """
@@ -91,9 +92,9 @@ def fused_chain(
     configs: list[AroundConfig] = []
     operands: list[jax.Array] = []
     for index, link in enumerate(links):
-        if not isinstance(link, Link):
-            raise TypeError(f"{op}: links must be jax_fp8.Link, got {type(link).__name__}")
-        residual = link.residual
+        if not isinstance(link, ChainLink):
+            raise TypeError(f"{op}: links must be jax_fp8.ChainLink, got {type(link).__name__}")
+        residual, added = link.residual, None
         if isinstance(residual, bool):
             raise TypeError(f"{op}: a residual is an array or the index of a link, got {residual}")
         if isinstance(residual, int):
@@ -101,7 +102,7 @@ def fused_chain(
                 raise ValueError(
                     f"{op}: link {index} can add the result of a link before it, got {residual}"
                 )
-            residual = results[residual]
+            added, residual = results[residual], None
         config, own = link_of(
             f"{op}, link {index}",
             multiplied,
@@ -109,14 +110,15 @@ def fused_chain(
             residual=residual,
             recipe=recipe,
             implementation=implementation,
+            added=added,
         )
         configs.append(config)
         operands += own
         columns = link.w.shape[0] // (2 if link.activation else 1)
         multiplied = jax.ShapeDtypeStruct((*x.shape[:-1], columns), x.dtype)
         results.append(multiplied)
-    added = tuple(link.residual if isinstance(link.residual, int) else None for link in links)
-    chain = _ChainConfig(tuple(configs), added)
+    indices = tuple(link.residual if isinstance(link.residual, int) else None for link in links)
+    chain = _ChainConfig(tuple(configs), indices)
     return _operation(chain)(x, *operands) if one_call else _in_turn(_apart, chain, x, *operands)
 
 
@@ -170,29 +172,19 @@ def _apart(link: AroundConfig, *operands: jax.Array) -> tuple[jax.Array]:
 
 
 def _kernel(config: _ChainConfig, x: jax.Array, *operands: jax.Array) -> tuple[jax.Array, ...]:
-    """The handler, which knows (rows, columns) only."""
-    rows = math.prod(x.shape[:-1])
-    each = zip(config.links, config.split(operands), config.added, strict=True)
-    results = ffi.fused_matmul(
-        x.reshape(rows, x.shape[-1]),
-        [handler_link(link, rows, own, added) for link, own, added in each],
-        quantizes=config.links[0].quantizes,
-        implementation=config.implementation or "",
-        capability=config.links[0].capability,
-    )
-    return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in results)
+    return kernel(config.links, x, config.split(operands), config.added)
 
 
 def _local(config: _ChainConfig, *operands: jax.Array, axes: Axes) -> tuple[jax.Array, ...]:
     """Runs on the operands of one device; a mesh divides nothing but rows."""
-    kernel = functools.partial(_kernel, config)
+    in_one = functools.partial(_kernel, config)
     if config.implementation == "kernel":
-        return kernel(*operands)
+        return in_one(*operands)
     if config.implementation == "xla" or config.kernel_refusal(operands[0], operands[1:]):
         each = functools.partial(fused_matmul_operation.local, axes={})
         return _in_turn(each, config, *operands)
     in_steps = functools.partial(_in_turn, fused_matmul_operation.steps, config)
-    return lax.platform_dependent(*operands, cpu=in_steps, cuda=kernel)
+    return lax.platform_dependent(*operands, cpu=in_steps, cuda=in_one)
 
 
 def _rule(config: _ChainConfig, *operands: jax.Array) -> Rule:

@@ -115,10 +115,11 @@ def link_of(
     residual: Any,
     recipe: str,
     implementation: str | None,
+    added: jax.ShapeDtypeStruct | None = None,
 ) -> tuple[AroundConfig, tuple[jax.Array, ...]]:
     """The configuration of a product, and its operands but for x.
 
-    A residual that is a ShapeDtypeStruct stands for one that is not there yet.
+    Where there is no residual, ``added`` says what one is like that is not there yet.
 
     Raises:
       As fused_matmul does, in the name of ``op``.
@@ -150,24 +151,24 @@ def link_of(
                     f"{op}: {name} must be of shape ({size},) for x {x.shape} and w {w.shape}, got"
                     f" {given[name].shape}"
                 )
-    added = jnp.zeros((), jnp.float32)
+    total = jnp.zeros((), jnp.float32)
+    like: Any = added
     if residual is not None:
-        is_there = not isinstance(residual, jax.ShapeDtypeStruct)
-        given_residual = check_wide(op, "residual", residual) if is_there else residual
+        like = total = check_wide(op, "residual", residual)
+    if like is not None:
         shape = (*x.shape[:-1], n // 2 if activation else n)
-        if given_residual.shape != shape or given_residual.dtype != x.dtype:
-            raise (TypeError if given_residual.shape == shape else ValueError)(
+        if like.shape != shape or like.dtype != x.dtype:
+            raise (TypeError if like.shape == shape else ValueError)(
                 f"{op}: residual must have shape and dtype of the result, {x.dtype}{shape}, got"
-                f" {given_residual.dtype}{given_residual.shape}"
+                f" {like.dtype}{like.shape}"
             )
-        added = given_residual if is_there else added
     config = AroundConfig(
         granularity=w.granularity,
         eps=check_eps(op, eps),
         has_norm=norm is not None,
         has_bias=bias is not None,
         activation=activation,
-        has_residual=residual is not None,
+        has_residual=like is not None,
         quantizes=recipe == "rowwise",
         implementation=implementation,
         capability=products._forced_capability,
@@ -179,4 +180,4 @@ def link_of(
                 f"{op}: implementation 'kernel' cannot multiply x {x.dtype.name}{x.shape} by w"
                 f" {w.dtype.name}{w.shape} with granularity {w.granularity!r}: {reason}"
             )
-    return config, (w.data, w.scale, given["bias"], given["norm"], added)
+    return config, (w.data, w.scale, given["bias"], given["norm"], total)

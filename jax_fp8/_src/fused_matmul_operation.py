@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_fp8._src import ffi, fused_operation
-from jax_fp8._src.batching import loop, with_axis
+from jax_fp8._src.batching import loop
 from jax_fp8._src.definition import CallConfig
 from jax_fp8._src.fused_definition import FusedConfig, reciprocal_rms
 from jax_fp8._src.partition import Axes, Rule, axes_of, partition
+from jax_fp8._src.placement import with_axis
 from jax_fp8._src.product_rule import product_rule, summed_factors
 from jax_fp8._src.quantize import QuantizeConfig, quantize_local
 from jax_fp8._src.recipe import E4M3
@@ -80,35 +81,50 @@ def kernel_refusal(config: AroundConfig, x: Any, w: Any, norm: Any) -> str | Non
     return None
 
 
-def handler_link(
-    config: AroundConfig, rows: int, operands: Sequence[jax.Array], added: int | None = None
-) -> ffi.Link:
-    """What the handler, which knows (rows, columns) only, takes of w, its scale, and so on."""
-    w, w_scale, bias, norm, residual = operands
-    columns = w.shape[0] // 2 if config.activation else w.shape[0]
-    flat = residual.reshape(rows, columns) if config.has_residual and added is None else None
-    return ffi.Link(
-        w=w,
-        w_scale=w_scale,
-        bias=bias if config.has_bias else None,
-        norm=norm if config.has_norm else None,
-        residual=flat if added is None else added,
-        columns=columns,
-        eps=config.eps,
-        swiglu=config.activation == "swiglu",
+def kernel(
+    configs: Sequence[AroundConfig],
+    x: jax.Array,
+    operands: Sequence[Sequence[jax.Array]],
+    added: Sequence[int | None],
+) -> tuple[jax.Array, ...]:
+    """The handler, which knows (rows, columns) only, for one product or a chain of them.
+
+    Args:
+      configs: of each product.
+      x: of the first one.
+      operands: of each product w, its scale, the bias, the norm and the residual.
+      added: of each product the one before it whose result is the residual, or None.
+    """
+    rows, links = math.prod(x.shape[:-1]), []
+    for config, own, index in zip(configs, operands, added, strict=True):
+        w, w_scale, bias, norm, residual = own
+        columns = w.shape[0] // 2 if config.activation else w.shape[0]
+        is_there = config.has_residual and index is None
+        links.append(
+            ffi.Link(
+                w=w,
+                w_scale=w_scale,
+                bias=bias if config.has_bias else None,
+                norm=norm if config.has_norm else None,
+                residual=residual.reshape(rows, columns) if is_there else index,
+                columns=columns,
+                eps=config.eps,
+                swiglu=config.activation == "swiglu",
+            )
+        )
+    results = ffi.fused_matmul(
+        x.reshape(rows, x.shape[-1]),
+        links,
+        quantizes=configs[0].quantizes,
+        implementation=configs[0].implementation or "",
+        capability=configs[0].capability,
     )
+    return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in results)
 
 
 def _kernel(config: AroundConfig, x: jax.Array, *operands: jax.Array) -> tuple[jax.Array]:
-    rows = math.prod(x.shape[:-1])
-    (y,) = ffi.fused_matmul(
-        x.reshape(rows, x.shape[-1]),
-        [handler_link(config, rows, operands)],
-        quantizes=config.quantizes,
-        implementation=config.implementation or "",
-        capability=config.capability,
-    )
-    return (y.reshape(*x.shape[:-1], y.shape[-1]),)
+    (y,) = kernel((config,), x, (operands,), (None,))
+    return (y,)
 
 
 def _quantized(config: AroundConfig, x: jax.Array, norm: jax.Array) -> tuple[jax.Array, ...]:
@@ -159,9 +175,9 @@ def steps(
 def local(config: AroundConfig, *operands: jax.Array, axes: Axes) -> tuple[jax.Array]:
     """Runs on the operands of one device, whatever mesh they came from."""
     x, w, _, _, norm, _ = operands
-    kernel = functools.partial(_kernel, config)
+    in_one = functools.partial(_kernel, config)
     if config.implementation == "kernel":
-        return kernel(*operands)
+        return in_one(*operands)
     across = axes_of(summed_factors(config.sums), axes)
     gathered = axes_of(("n",), axes) if config.activation else ()
     in_steps = functools.partial(steps, config, across=across, gathered=gathered)
@@ -169,7 +185,7 @@ def local(config: AroundConfig, *operands: jax.Array, axes: Axes) -> tuple[jax.A
     kernel_cannot = across or gathered or kernel_refusal(config, x, w, norm)
     if kernel_cannot or config.implementation == "xla":
         return in_steps(*operands)
-    return lax.platform_dependent(*operands, cpu=in_steps, cuda=kernel)
+    return lax.platform_dependent(*operands, cpu=in_steps, cuda=in_one)
 
 
 def _rule(config: AroundConfig, *operands: jax.Array) -> Rule:

@@ -21,6 +21,7 @@ from jax_fp8._src.numerics import (
     round_stochastic,
 )
 from jax_fp8._src.partition import Axes, Rule, all_max, axes_of, in_units, name_of, partition
+from jax_fp8._src.placement import with_axis
 from jax_fp8._src.scaled_array import (
     Granularity,
     ScaledArray,
@@ -209,10 +210,8 @@ def _operation(config: QuantizeConfig) -> Any:
 
     @batched.def_vmap
     def _vmap(axis_size: int, in_batched: list[bool], x: jax.Array, scale: jax.Array) -> Any:
-        def front(array: jax.Array, is_batched: bool) -> jax.Array:
-            return array if is_batched else jnp.broadcast_to(array, (axis_size, *array.shape))
-
         deeper = dataclasses.replace(config, batch_dims=config.batch_dims + 1)
+        front = functools.partial(with_axis, size=axis_size)
         out = _operation(deeper)(front(x, in_batched[0]), front(scale, in_batched[1]))
         return out, (True, True, True)
 

@@ -138,10 +138,10 @@ class Dense(nnx.Module):
         )
         return "rowwise" if is_rowwise else None
 
-    def link(self, **around: Any) -> jax_fp8.Link:
-        """This product with the norm, activation and residual of a ``jax_fp8.Link``."""
+    def link(self, **around: Any) -> jax_fp8.ChainLink:
+        """This product with the norm, activation and residual of a ``jax_fp8.ChainLink``."""
         bias = None if self.bias is None else self.bias[...]
-        return jax_fp8.Link(self.values, bias=bias, **around)
+        return jax_fp8.ChainLink(self.values, bias=bias, **around)
 
     def _own_quantization(self, x: jax.Array) -> dict[str, Any] | None:
         """Options of ``quantize`` that fused producers do not have; None leaves ``x`` wide."""

@@ -68,7 +68,8 @@ class Generator:
         # A flat list, which costs the host less to pass than nnx's tree.
         self._weights, structure = jax.tree.flatten(state)
         self._key = jax.random.key(seed)
-        one_call = all(weight.sharding.is_fully_replicated for weight in self._weights)
+        on_devices = [weight for weight in self._weights if isinstance(weight, jax.Array)]
+        one_call = all(weight.sharding.is_fully_replicated for weight in on_devices)
 
         def whole(weights: list[Any]) -> Decoder:
             merged: Decoder = nnx.merge(graph, jax.tree.unflatten(structure, weights))

@@ -47,14 +47,11 @@ class Stream:
       x: the residual stream, ``(B, T, width)``.
       delta: what the block before adds to it, so that the next norm can do it; None: nothing.
       qkv: what the block's first product makes of it, where the block before has multiplied it.
-      one_call: whether products of few rows that follow one another are one call, which takes
-        weights that no mesh divides.
     """
 
     x: jax.Array
     delta: jax.Array | None = None
     qkv: jax.Array | None = None
-    one_call: bool = True
 
 
 class Block(nnx.Module):
@@ -88,6 +85,7 @@ class Block(nnx.Module):
         values: Any,
         at: Any,
         following: Block | None = None,
+        one_call: bool = False,
     ) -> tuple[Stream, jax.Array, jax.Array]:
         """One step down the residual stream.
 
@@ -98,6 +96,7 @@ class Block(nnx.Module):
           values: likewise.
           at: how queries find what they attend to, a ``Prompt`` or a ``Step``.
           following: the block behind this one, whose first product may be multiplied here.
+          one_call: as of ``Decoder.hidden``.
 
         Returns:
           (stream, keys, values).
@@ -108,9 +107,8 @@ class Block(nnx.Module):
             qkv = stream.qkv
         elif recipe is not None:
             x = x if delta is None else x + delta
-            (qkv,) = jax_fp8.fused_chain(
-                x, [self.first_link()], recipe=recipe, one_call=stream.one_call
-            )
+            links = [self.first_link()]
+            (qkv,) = jax_fp8.fused_chain(x, links, recipe=recipe, one_call=one_call)
         else:
             h, x = norm(x, delta, self.attention_norm[...], c.eps, self.qkv)
             qkv = self.qkv(h, dtype)
@@ -132,11 +130,9 @@ class Block(nnx.Module):
             ]
             if following is not None and following.fused_recipe(x) == recipe:
                 links.append(following.first_link())
-            _, _, x, *of_next = jax_fp8.fused_chain(
-                attended, links, recipe=recipe, one_call=stream.one_call
-            )
-            stream = Stream(x, one_call=stream.one_call, qkv=of_next[0] if of_next else None)
-            return stream, keys, values
+            results = jax_fp8.fused_chain(attended, links, recipe=recipe, one_call=one_call)
+            _, _, x, *of_next = results
+            return Stream(x, qkv=of_next[0] if of_next else None), keys, values
         h, x = norm(x, self.o(attended), mlp_norm, c.eps, self.gate_up)
         gate_up = self.gate_up(h, dtype)
         options = self.down.quantization(gate_up)
@@ -145,7 +141,7 @@ class Block(nnx.Module):
             delta = self.down(jax.nn.silu(gate) * up)
         else:
             delta = self.down(jax_fp8.swiglu_quantize(gate_up, **options), dtype)
-        return Stream(x, delta, one_call=stream.one_call), keys, values
+        return Stream(x, delta), keys, values
 
     def fused_recipe(self, x: jax.Array) -> str | None:
         """The one by which ``jax_fp8.fused_chain`` takes all products, of as many rows as ``x``.
@@ -156,7 +152,7 @@ class Block(nnx.Module):
         found = {*with_norms, self.o.fused_recipe(x), self.down.fused_recipe(x)}
         return found.pop() if len(found) == 1 else None
 
-    def first_link(self) -> jax_fp8.Link:
+    def first_link(self) -> jax_fp8.ChainLink:
         """The first product, with the norm before it."""
         return self.qkv.link(norm=self.attention_norm[...], eps=self.config.eps)
 
@@ -195,19 +191,20 @@ class Decoder(nnx.Module):
         return self.embedding[...].dtype
 
     def hidden(
-        self, tokens: jax.Array, cache: Cache, at: Any, *, one_call: bool = True
+        self, tokens: jax.Array, cache: Cache, at: Any, *, one_call: bool = False
     ) -> tuple[jax.Array, Cache]:
         """What the head reads, ``(B, T, width)``, for the tokens ``(B, T)`` after those cached.
 
-        Where a mesh divides weights, ``one_call`` should be False, as of ``jax_fp8.fused_chain``.
+        With ``one_call``, products of few rows that follow one another are one call, which takes
+        weights that no mesh divides; as of ``jax_fp8.fused_chain``.
         """
-        stream = Stream(self.embedding[...][tokens], one_call=one_call)
+        stream = Stream(self.embedding[...][tokens])
         rotation = self.config.rope.rotation(at.positions, self.config.head_dim, at.after)
         keys, values = [], []
         each = zip(self.blocks, cache.keys, cache.values, strict=True)
         for index, (block, k, v) in enumerate(each):
             following = self.blocks[index + 1] if index + 1 < len(self.blocks) else None
-            stream, k, v = block(stream, rotation, k, v, at, following)
+            stream, k, v = block(stream, rotation, k, v, at, following, one_call)
             keys.append(k)
             values.append(v)
         x = stream.x if stream.delta is None else stream.x + stream.delta
