@@ -322,8 +322,8 @@ xffi::Error run_links(const xffi::ErrorOr<std::vector<Link>>& links, Run run) {
 
 xffi::Error cpu(xffi::AnyBuffer x, xffi::AnyBuffer x_scale, xffi::RemainingArgs arguments,
                 xffi::RemainingRets results, xffi::Span<const float> eps,
-                xffi::Span<const int64_t> swiglu, xffi::Span<const int64_t> added,
-                std::string_view implementation, int64_t capability) {
+                xffi::Span<const int64_t> swiglu, xffi::Span<const int64_t> added, std::string_view,
+                int64_t) {
   return guarded(kName, [&] {
     const Attributes a{eps, swiglu, added};
     return run_links(make_links(x, x_scale, arguments, results, a), run_on_cpu);
