@@ -310,7 +310,7 @@ def test_a_link_in_steps_is_between_two_that_are_not(handlers, rng):
 
     def link(n, k, residual=None):
         w = jax_fp8.quantize(jnp.asarray(rng.standard_normal((n, k)), jnp.float32))
-        return ffi.Link(w.data, w.scale, None, None, residual, n, 0.0, swiglu=False)
+        return ffi.Link(w.data, w.scale, None, None, residual, 0.0, swiglu=False)
 
     x = jnp.asarray(rng.standard_normal((2, 64)), ref.BF16)
     links = [link(72, 64), link(64, 72), link(64, 64, residual=1), link(64, 64)]

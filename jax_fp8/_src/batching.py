@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_fp8._src.definition import CallConfig, finish
-from jax_fp8._src.placement import whole_along, with_axis
+from jax_fp8._src.placement import whole_along
 from jax_fp8._src.scaled_array import FP8_DTYPES, Granularity
 
 #: Of ``"small_m"``, whatever the device.
@@ -51,6 +51,11 @@ def batch_product(
     axes = tuple(0 if b else None for b in (product_batched, *in_batched[4:]))
     finished = jax.vmap(functools.partial(finish, config), axes, axis_size=size)
     return finished(y, bias, inverse_out_scale), (True, True)
+
+
+def with_axis(array: jax.Array, is_batched: bool, size: int) -> jax.Array:
+    """``array`` with an axis of ``size`` in front, where it is not there yet."""
+    return array if is_batched else jnp.broadcast_to(array, (size, *array.shape))
 
 
 def loop(run: Callable[..., Any], in_batched: Sequence[bool], operands: Sequence[jax.Array]) -> Any:

@@ -293,7 +293,6 @@ class Link:
       bias: None, or (N,).
       norm: None, or the weight of a norm of x, (K,).
       residual: None, (M, columns), or the index of the link whose result is added.
-      columns: of the result.
       eps: of the norm.
       swiglu: whether the result is of gates and what they gate.
     """
@@ -303,9 +302,14 @@ class Link:
     bias: jax.Array | None
     norm: jax.Array | None
     residual: jax.Array | int | None
-    columns: int
     eps: float
     swiglu: bool
+
+    @property
+    def columns(self) -> int:
+        """Of the result."""
+        n: int = self.w.shape[0]
+        return n // 2 if self.swiglu else n
 
 
 def fused_matmul(

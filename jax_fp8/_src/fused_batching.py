@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_fp8._src.batching import with_axis
 from jax_fp8._src.fused_definition import FusedConfig
-from jax_fp8._src.placement import with_axis
 
 
 def batch_fused(config: FusedConfig, size: int, batched: list[bool], operands: Any) -> Any:

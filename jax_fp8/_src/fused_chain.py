@@ -11,11 +11,10 @@ import jax
 from jax import lax
 
 from jax_fp8._src import fused_matmul_operation
-from jax_fp8._src.batching import loop
+from jax_fp8._src.batching import loop, with_axis
 from jax_fp8._src.fused_matmul import check_x, link_of
 from jax_fp8._src.fused_matmul_operation import AroundConfig, kernel, kernel_refusal
 from jax_fp8._src.partition import Axes, Rule, partition
-from jax_fp8._src.placement import with_axis
 from jax_fp8._src.scaled_array import ScaledArray
 from jax_fp8._src.undifferentiable import undifferentiable
 

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_fp8._src import ffi, fused_operation
-from jax_fp8._src.batching import loop
+from jax_fp8._src.batching import loop, with_axis
 from jax_fp8._src.definition import CallConfig
 from jax_fp8._src.fused_definition import FusedConfig, reciprocal_rms
 from jax_fp8._src.partition import Axes, Rule, axes_of, partition
-from jax_fp8._src.placement import with_axis
 from jax_fp8._src.product_rule import product_rule, summed_factors
 from jax_fp8._src.quantize import QuantizeConfig, quantize_local
 from jax_fp8._src.recipe import E4M3
@@ -98,7 +97,6 @@ def kernel(
     rows, links = math.prod(x.shape[:-1]), []
     for config, own, index in zip(configs, operands, added, strict=True):
         w, w_scale, bias, norm, residual = own
-        columns = w.shape[0] // 2 if config.activation else w.shape[0]
         is_there = config.has_residual and index is None
         links.append(
             ffi.Link(
@@ -106,8 +104,7 @@ def kernel(
                 w_scale=w_scale,
                 bias=bias if config.has_bias else None,
                 norm=norm if config.has_norm else None,
-                residual=residual.reshape(rows, columns) if is_there else index,
-                columns=columns,
+                residual=residual.reshape(rows, residual.shape[-1]) if is_there else index,
                 eps=config.eps,
                 swiglu=config.activation == "swiglu",
             )

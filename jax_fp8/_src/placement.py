@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_fp8._src.partition import axes_in, entry_of
@@ -155,8 +154,3 @@ def _spec_of_reshaped(
         waiting = waiting[len(taken) :] if left > 1 else []
         entries.append(taken[0] if len(taken) == 1 else tuple(taken) or None)
     return PartitionSpec(*entries)
-
-
-def with_axis(array: jax.Array, is_batched: bool, size: int) -> jax.Array:
-    """``array`` with an axis of ``size`` in front, where it is not there yet."""
-    return array if is_batched else jnp.broadcast_to(array, (size, *array.shape))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_fp8._src import ffi, plans
+from jax_fp8._src.batching import with_axis
 from jax_fp8._src.numerics import (
     absolute_max,
     as_rounded,
@@ -21,7 +22,6 @@ from jax_fp8._src.numerics import (
     round_stochastic,
 )
 from jax_fp8._src.partition import Axes, Rule, all_max, axes_of, in_units, name_of, partition
-from jax_fp8._src.placement import with_axis
 from jax_fp8._src.scaled_array import (
     Granularity,
     ScaledArray,
