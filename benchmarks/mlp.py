@@ -73,10 +73,14 @@ def _fused(granularity: Any, static: bool = False) -> Callable[..., State]:
 
 def _around(recipe: str) -> Callable[..., State]:
     """The block as two products with all else in them, where ``x`` has ``delta`` already."""
+    scales = (NORM_SCALE, SWIGLU_SCALE) if recipe == "static" else (None, None)
 
     def block(x: jax.Array, delta: jax.Array, norm: jax.Array, up: Any, down: Any) -> State:
-        first = jax_fp8.ChainLink(up, norm=norm, eps=EPS, activation="swiglu")
-        links = [first, jax_fp8.ChainLink(down, residual=x)]
+        around = {"norm": norm, "eps": EPS, "activation": "swiglu"}
+        links = [
+            jax_fp8.ChainLink(up, **around, scale=_scalar(scales[0])),
+            jax_fp8.ChainLink(down, residual=x, scale=_scalar(scales[1])),
+        ]
         _, total = jax_fp8.fused_chain(x, links, recipe=recipe)
         return total, total - x  # Which nothing but the comparison of errors takes.
 
@@ -108,22 +112,28 @@ VARIANTS: dict[str, tuple[str, operands.Prepare, Callable[..., State]]] = {
     "weight_only": ("weight_only", operands.row, _plain(_matmul("weight_only"))),
     "around": ("weight_only, all in its two products", operands.row, _around("weight_only")),
     "rowwise_around": ("rowwise, all in its two products", operands.row, _around("rowwise")),
+    "static_around": ("static, all in its two products", operands.tensor, _around("static")),
     "unfused": ("rowwise, norm and SwiGLU by XLA", operands.row, _plain(_matmul("rowwise"))),
 }
 
 
-#: The variants that are made for few rows, and how many.
-MOST_ROWS = {"around": 8, "rowwise_around": 16}
+#: The variants that are in two products, and the rows that their kernels are best for.
+AROUND: dict[str, Callable[[int], bool]] = {
+    "around": lambda m: m <= 8,
+    "rowwise_around": lambda m: m <= 16 or m >= 1024,
+    "static_around": lambda m: m <= 16 or m >= 1024,
+}
 
 
 def start(m: int, name: str, size: tuple[int, int]) -> State:
     """What the first of the blocks gets."""
     x, delta = operands.normal(0, (m, size[0])), operands.normal(1, (m, size[0]))
-    return (x + delta, delta) if name in MOST_ROWS else (x, delta)
+    return (x + delta, delta) if name in AROUND else (x, delta)
 
 
-def _variants(m: int) -> list[str]:
-    return [name for name in VARIANTS if m <= MOST_ROWS.get(name, m)]
+def variants(m: int) -> list[str]:
+    """Those that are for so many rows."""
+    return [name for name in VARIANTS if name not in AROUND or AROUND[name](m)]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -171,7 +181,7 @@ def run(shapes: str = "all") -> list[Row]:
     """
     size, rows = SIZES[shapes], []
     blocks = _Blocks(size)
-    jobs = [(m, name) for m in SHAPES[shapes] for name in _variants(m)]
+    jobs = [(m, name) for m in SHAPES[shapes] for name in variants(m)]
     with tqdm(total=len(jobs), desc="mlp", unit="timing") as bar:
         bar.set_postfix_str("compiling")
         prepared = dict(
@@ -185,9 +195,9 @@ def run(shapes: str = "all") -> list[Row]:
         )
         for m in SHAPES[shapes]:
             bar.set_postfix_str(f"M = {m}")
-            timed = turns.by_turns([prepared[m, name] for name in _variants(m)])
+            timed = turns.by_turns([prepared[m, name] for name in variants(m)])
             wide = None
-            for name, found in zip(_variants(m), timed, strict=True):
+            for name, found in zip(variants(m), timed, strict=True):
                 row: Row = {"m": m, "variant": name, "weights_bytes": weights_bytes(size)}
                 if isinstance(found, Exception):
                     row |= tables.failure(found)

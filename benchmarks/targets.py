@@ -112,19 +112,18 @@ _BLOCK_SPEEDUPS = {8192: 1.82, 1024: 1.7, 128: 1.8, 16: 1.9, 1: 1.9}
 def _mlp(problems: Problems, memory_us: MemoryUs) -> Iterator[Verdict]:
     for m, bound in _BLOCK_SPEEDUPS.items():
         group = problems.get((m,), {})
-        # With few rows the recipe has a way of its own, of which a benchmark may be too old.
-        few = m <= 16 and "rowwise_around" in group
-        name = "rowwise_around" if few else "rowwise"
-        said = f"rowwise{', all in its two products' if few else ''}"
-        over = tables.ratio(group, "bf16", name)
-        yield Verdict(f"MLP block, M = {m}, bf16 over {said}", over, bound, at_most=False)
-        if m == 8192:
-            over = tables.ratio(group, "bf16", "static")
-            yield Verdict(f"MLP block, M = {m}, bf16 over static", over, 1.87, at_most=False)
+        bounds = {"rowwise": bound} | ({"static": 1.87} if m == 8192 else {})
+        for recipe, least in bounds.items():
+            # Many rows and few have a way of their own, of which a benchmark may be too old.
+            two = f"{recipe}_around" in group
+            over = tables.ratio(group, "bf16", f"{recipe}_around" if two else recipe)
+            said = f"{recipe}{', all in its two products' if two else ''}"
+            yield Verdict(f"MLP block, M = {m}, bf16 over {said}", over, least, at_most=False)
         if m <= 16:
+            name = "rowwise_around" if "rowwise_around" in group else "rowwise"
             us, nbytes = (tables.value(group, name, key) for key in ("us", "weights_bytes"))
             over = _over(us, memory_us(nbytes)) if nbytes else None
-            yield Verdict(f"MLP block, M = {m}, {said} over reading the weights", over, 1.4)
+            yield Verdict(f"MLP block, M = {m}, rowwise over reading the weights", over, 1.4)
 
 
 _ONE_ROW = {(1, 28672, 4096): 1.15, (1, 4096, 4096): 1.7}

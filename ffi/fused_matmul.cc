@@ -8,11 +8,13 @@
 #include <utility>
 
 #include "ffi/checks.h"
+#include "ffi/cublaslt.h"
 #include "ffi/decode.h"
 #include "ffi/fused.h"
 #include "ffi/gemv.h"
 #include "ffi/handlers.h"
 #include "ffi/journal.h"
+#include "ffi/large_m_hopper.h"
 #include "ffi/naive.h"
 #include "ffi/quantize.h"
 #include "ffi/small_m.h"
@@ -25,17 +27,22 @@ constexpr char kName[] = "jax_fp8_fused_matmul";
 
 // A product of a chain, which multiplies the call's x or the result of the one before.
 struct Link {
-  xffi::AnyBuffer x, x_scale, w, w_scale, bias, norm, residual;
+  // `given` is the scale that x, or its norm, is quantized with.
+  xffi::AnyBuffer x, x_scale, w, w_scale, bias, norm, residual, given;
   // The results. All but the first are scratch: what is multiplied, in bfloat16, or quantized with
-  // scales of its rows; and the sums.
+  // that scale or one of each row; and the sums, which are in bfloat16 where there are many rows.
   xffi::AnyBuffer d, multiplied, scales, sums;
   float eps;
   bool swiglu;
   bool follows;  // Whether another link writes x.
 
   bool quantizes() const { return multiplied.element_type() == xffi::DataType::F8E4M3FN; }
+  bool has_many_rows() const { return sums.element_type() == xffi::DataType::BF16; }
+  // Whether the link before can write what this one multiplies.
+  bool takes_codes() const { return quantizes() && !absent(given) && absent(norm); }
 };
-constexpr size_t kArguments = 5, kResults = 4;  // Of a link, but for x and its scale.
+// Of a link, but for x and its scale; and of the call the workspace of cublasLt.
+constexpr size_t kArguments = 6, kResults = 4;
 
 struct Attributes {
   xffi::Span<const float> eps;
@@ -49,11 +56,12 @@ xffi::ErrorOr<std::vector<Link>> make_links(xffi::AnyBuffer x, xffi::AnyBuffer x
                                             const Attributes& a) {
   const size_t count = a.eps.size();
   if (count == 0 || a.swiglu.size() != count || a.added.size() != count ||
-      arguments.size() != kArguments * count || results.size() != kResults * count) {
+      arguments.size() != kArguments * count || results.size() != kResults * count + 1) {
     return xffi::Unexpected(
         invalid(kName, ": each link takes ", kArguments, " arguments, ", kResults,
-                " results and an entry of eps, swiglu and added; got ", arguments.size(), ", ",
-                results.size(), " and ", count, ", ", a.swiglu.size(), ", ", a.added.size()));
+                " results and an entry of eps, swiglu and added, and the call a workspace; got ",
+                arguments.size(), ", ", results.size(), " and ", count, ", ", a.swiglu.size(), ", ",
+                a.added.size()));
   }
   std::vector<Link> links;
   for (size_t i = 0; i < count; ++i) {
@@ -77,8 +85,8 @@ xffi::ErrorOr<std::vector<Link>> make_links(xffi::AnyBuffer x, xffi::AnyBuffer x
       residual = links[static_cast<size_t>(a.added[i])].d;
     }
     links.push_back({i == 0 ? x : links.back().d, x_scale, argument(0), argument(1), argument(2),
-                     argument(3), residual, result(0), result(1), result(2), result(3), a.eps[i],
-                     a.swiglu[i] == 1, i > 0});
+                     argument(3), residual, argument(5), result(0), result(1), result(2), result(3),
+                     a.eps[i], a.swiglu[i] == 1, i > 0});
   }
   return links;
 }
@@ -124,11 +132,18 @@ xffi::Error make(const Link& a, Product* p) {
                    describe(a.d), " and ", describe(a.residual));
   }
   const std::vector<int64_t> scales = {a.quantizes() ? p->m : 0, 1};
+  // A bare product of many rows is the result.
+  const bool has_sums = !a.has_many_rows() || p->swiglu || !absent(a.residual);
   if (!is(a.multiplied, a.quantizes() ? xffi::DataType::F8E4M3FN : bf16, x) ||
-      !is(a.scales, f32, scales) || !is(a.sums, f32, {p->m, p->n})) {
+      !is(a.scales, f32, scales) ||
+      !is(a.sums, a.has_many_rows() ? bf16 : f32, {has_sums ? p->m : 0, p->n})) {
     return invalid(kName, ": scratch must be bfloat16 for x, or float8_e4m3fn with float32 scales",
-                   " of its rows, and float32 for the product, got ", describe(a.multiplied), ", ",
-                   describe(a.scales), " and ", describe(a.sums));
+                   " of its rows, and float32 or bfloat16 for the product, got ",
+                   describe(a.multiplied), ", ", describe(a.scales), " and ", describe(a.sums));
+  }
+  if (!absent(a.given) && (!a.quantizes() || !is(a.given, f32, {1, 1}))) {
+    return invalid(kName, ": a static scale must be float32[1,1] and x quantized, got ",
+                   describe(a.given), " and ", describe(a.multiplied));
   }
   if (!std::isfinite(a.eps) || a.eps < 0.0f) {
     return invalid(kName, ": eps must be finite and not negative, got ", a.eps);
@@ -166,9 +181,10 @@ Product prepared(const Product& fused, const Link& a) {
     p.x.data = static_cast<const uint8_t*>(a.multiplied.untyped_data());
   }
   if (a.quantizes()) {
-    p.x.scale = static_cast<const float*>(a.scales.untyped_data());
+    const bool is_static = !absent(a.given);
+    p.x.scale = static_cast<const float*>((is_static ? a.given : a.scales).untyped_data());
     p.x.type = Type::kE4M3;
-    p.x.block_rows = 1;
+    p.x.block_rows = is_static ? 0 : 1;
   }
   p.norm_weight = nullptr;
   return p;
@@ -177,8 +193,10 @@ Product prepared(const Product& fused, const Link& a) {
 // The bare product among the steps.
 Product product_of(const Product& fused, const Link& a) {
   Product p = prepared(fused, a);
-  p.d = a.sums.untyped_data();
-  p.d_type = Type::kF32;
+  const bool has_sums = a.sums.element_count() != 0;
+  if (has_sums) p.d = a.sums.untyped_data();
+  p.d_type = a.has_many_rows() ? Type::kBF16 : Type::kF32;
+  p.fast = a.has_many_rows();
   p.residual = nullptr;
   p.swiglu = false;
   return p;
@@ -192,10 +210,13 @@ cudaError_t prepare(const Product& p, const Link& a, Normalize normalize, Fuse f
     return p.norm_weight == nullptr ? cudaSuccess : normalize(p, static_cast<__nv_bfloat16*>(data));
   }
   auto* const scales = static_cast<float*>(a.scales.untyped_data());
+  const bool is_static = !absent(a.given);
+  const auto* const given = is_static ? static_cast<const float*>(a.given.untyped_data()) : nullptr;
   if (p.norm_weight == nullptr) {
     Quantize q{};
     q.batch = 1, q.rows = p.m, q.cols = p.k;
-    q.block_rows = 1;
+    q.block_rows = is_static ? 0 : 1;
+    q.given = given;
     q.x = p.x.data, q.x_type = Type::kBF16;
     q.data = static_cast<uint8_t*>(data), q.data_type = Type::kE4M3;
     q.scale = scales;
@@ -204,7 +225,8 @@ cudaError_t prepare(const Product& p, const Link& a, Normalize normalize, Fuse f
   Fused f{};
   f.producer = Producer::kRmsNorm;
   f.batch = 1, f.rows = p.m, f.cols = p.k;
-  f.block_rows = 1;
+  f.block_rows = is_static ? 0 : 1;
+  f.given = given;
   f.x = p.x.data, f.x_type = Type::kBF16;
   f.weight = p.norm_weight, f.weight_type = Type::kBF16;
   f.eps = p.eps;
@@ -231,8 +253,14 @@ cudaError_t prepare_on_device(const Product& p, const Link& a, cudaStream_t stre
                  on_stream(quantize_device));
 }
 
-// Why small_m_hopper cannot compute all of it behind a quantization; empty if it can.
-std::string refusal_quantized(const Product& p, int capability) {
+// Why neither small_m_hopper nor large_m_hopper can compute all of it behind a quantization; empty
+// if one can.
+std::string refusal_quantized(const Product& p, const Link& a, int capability) {
+  if (a.has_many_rows()) {
+    if (large_m_hopper_supports(p, capability)) return "";
+    return "quantized, with many rows, it takes K in steps of 16 and columns in steps of 8, with "
+           "compute capability 9.0";
+  }
   const std::string reason = small_m_refusal(p, capability);
   if (!reason.empty() || small_m_hopper_supports(p, capability)) return reason;
   return "quantized, it takes M <= 16, with compute capability 9.0";
@@ -251,8 +279,7 @@ std::string refusal(const Product& p, int capability) {
   return reason;
 }
 
-void note_fused(const Product& p, bool quantizes, const char* platform,
-                const char* implementation) {
+void note_fused(const Product& p, const Link& a, const char* platform, const char* implementation) {
   note({{"operation", "fused_matmul"},
         {"implementation", implementation},
         {"platform", platform},
@@ -260,7 +287,7 @@ void note_fused(const Product& p, bool quantizes, const char* platform,
         {"dtypes",
          std::vector<std::string>{type_name(p.x.type), type_name(p.w.type), type_name(p.d_type)}},
         {"granularity", granularity_name(p.w.block_rows, p.w.block_cols)},
-        {"parts", join(p.norm_weight != nullptr ? "norm, " : "", quantizes ? "quantize, " : "",
+        {"parts", join(p.norm_weight != nullptr ? "norm, " : "", a.quantizes() ? "quantize, " : "",
                        "product", p.bias != nullptr ? ", bias" : "", p.swiglu ? ", swiglu" : "",
                        p.residual != nullptr ? ", residual" : "")}});
 }
@@ -268,54 +295,95 @@ void note_fused(const Product& p, bool quantizes, const char* platform,
 xffi::Error run_on_cpu(const Link& a) {
   Product p{};
   if (auto error = make(a, &p); error.failure()) return error;
-  note_fused(p, a.quantizes(), "cpu", "naive");
+  note_fused(p, a, "cpu", "naive");
   const ScopedSubnormals subnormals;
   prepare_on_host(p, a);
-  naive_host(product_of(p, a));
-  finish_host(p, static_cast<const float*>(a.sums.untyped_data()));
+  const Product product = product_of(p, a);
+  naive_host(product);
+  if (a.sums.element_count() != 0) finish_host(p, product.d, product.d_type);
   return xffi::Error::Success();
 }
 
-cudaError_t run_steps(const Product& fused, const Link& a, int capability, cudaStream_t stream) {
-  cudaError_t error = prepare_on_device(fused, a, stream);
-  if (error != cudaSuccess) return error;
+// Where the handler runs, and what it runs with.
+struct Context {
+  std::string_view implementation;
+  int capability, ordinal;
+  xffi::AnyBuffer workspace;
+  cudaStream_t stream;
+};
+
+xffi::Error run_steps(const Product& fused, const Link& a, const Context& on) {
   const Product p = product_of(fused, a);
-  const bool decodes = decode_refusal(p, capability).empty();
-  error = decodes ? decode_matmul(p, stream) : naive_device(p, stream);
-  if (error != cudaSuccess) return error;
-  return finish_device(fused, static_cast<const float*>(a.sums.untyped_data()), stream);
+  bool is_done = false;
+  if (a.has_many_rows() && on.capability >= 89) {
+    lt::Ran ran;
+    const auto size = static_cast<int64_t>(on.workspace.element_count());
+    const lt::Result result = lt::run(
+        {&p, on.capability, on.ordinal, on.workspace.untyped_data(), size, on.stream}, &ran);
+    if (result.outcome == lt::Outcome::kFailed) {
+      return xffi::Error(xffi::ErrorCode::kInternal, join(kName, ": ", result.reason));
+    }
+    is_done = result.outcome == lt::Outcome::kDone;
+  }
+  if (!is_done) {
+    const bool decodes = decode_refusal(p, on.capability).empty();
+    const cudaError_t error = decodes ? decode_matmul(p, on.stream) : naive_device(p, on.stream);
+    if (error != cudaSuccess) return from_cuda(kName, error);
+  }
+  if (a.sums.element_count() == 0) return xffi::Error::Success();
+  return from_cuda(kName, finish_device(fused, p.d, p.d_type, on.stream));
 }
 
-xffi::Error run_on_cuda(const Link& a, std::string_view implementation, int capability,
-                        cudaStream_t stream) {
+// `next` is the link behind it, or null. Sets whether its codes were written, and reads whether
+// this one's were.
+xffi::Error run_on_cuda(const Link& a, const Link* next, const Context& on, bool* has_codes) {
   Product p{};
   if (auto error = make(a, &p); error.failure()) return error;
+  const bool is_prepared = std::exchange(*has_codes, false);
   if (p.m * p.n == 0) return xffi::Error::Success();
-  const Product after = prepared(p, a);
+  Product after = prepared(p, a);
   const std::string reason =
-      a.quantizes() ? refusal_quantized(after, capability) : refusal(p, capability);
-  const bool is_named = implementation == "kernel";
-  if (reason.empty() && (is_named || capability / 10 == 9)) {  // Where it was measured.
-    note_fused(p, a.quantizes(), "cuda", a.quantizes() ? "small_m" : "gemv");
-    if (!a.quantizes()) return from_cuda(kName, small_m_matmul(p, capability, stream, a.follows));
-    const cudaError_t error = prepare_on_device(p, a, stream);
-    return from_cuda(kName, error == cudaSuccess ? small_m_hopper(after, stream, true) : error);
-  }
-  if (is_named) {
+      a.quantizes() ? refusal_quantized(after, a, on.capability) : refusal(p, on.capability);
+  const bool is_named = on.implementation == "kernel";
+  const bool in_one = reason.empty() && (is_named || on.capability / 10 == 9);  // Where measured.
+  if (!in_one && is_named) {
     return xffi::Error(xffi::ErrorCode::kUnimplemented,
                        join(kName, ": implementation 'kernel' cannot multiply x ", describe(a.x),
                             " by w ", describe(a.w), ": ", reason));
   }
-  note_fused(p, a.quantizes(), "cuda", "steps");
-  return from_cuda(kName, run_steps(p, a, capability, stream));
+  if (in_one && !a.quantizes()) {
+    note_fused(p, a, "cuda", "gemv");
+    return from_cuda(kName, small_m_matmul(p, on.capability, on.stream, a.follows));
+  }
+  if (!is_prepared) {
+    const cudaError_t error = prepare_on_device(p, a, on.stream);
+    if (error != cudaSuccess) return from_cuda(kName, error);
+  }
+  if (!in_one) {
+    note_fused(p, a, "cuda", "steps");
+    return run_steps(p, a, on);
+  }
+  if (!a.has_many_rows()) {
+    note_fused(p, a, "cuda", "small_m");
+    return from_cuda(kName, small_m_hopper(after, on.stream, true));
+  }
+  if (next != nullptr && next->takes_codes()) {
+    after.codes = static_cast<uint8_t*>(next->multiplied.untyped_data());
+    after.codes_scale = static_cast<const float*>(next->given.untyped_data());
+    *has_codes = true;
+  }
+  note_fused(p, a, "cuda", "large_m");
+  return from_cuda(kName, large_m_hopper(after, on.stream));
 }
-
-// Runs one link after the other.
+// Runs one link after the other, each told which one is behind it.
 template <typename Run>
 xffi::Error run_links(const xffi::ErrorOr<std::vector<Link>>& links, Run run) {
   if (!links.has_value()) return links.error();
-  for (const Link& link : *links) {
-    if (auto error = run(link); error.failure()) return error;
+  const Link* const end = links->data() + links->size();
+  for (const Link* link = links->data(); link != end; ++link) {
+    if (auto error = run(*link, link + 1 == end ? nullptr : link + 1); error.failure()) {
+      return error;
+    }
   }
   return xffi::Error::Success();
 }
@@ -326,7 +394,8 @@ xffi::Error cpu(xffi::AnyBuffer x, xffi::AnyBuffer x_scale, xffi::RemainingArgs 
                 int64_t) {
   return guarded(kName, [&] {
     const Attributes a{eps, swiglu, added};
-    return run_links(make_links(x, x_scale, arguments, results, a), run_on_cpu);
+    return run_links(make_links(x, x_scale, arguments, results, a),
+                     [](const Link& link, const Link*) { return run_on_cpu(link); });
   });
 }
 
@@ -344,8 +413,13 @@ xffi::Error cuda(cudaStream_t stream, int32_t ordinal, xffi::AnyBuffer x, xffi::
       if (error != cudaSuccess) return from_cuda(kName, error);
     }
     const Attributes a{eps, swiglu, added};
-    return run_links(make_links(x, x_scale, arguments, results, a), [&](const Link& link) {
-      return run_on_cuda(link, implementation, known, stream);
+    const auto links = make_links(x, x_scale, arguments, results, a);
+    if (!links.has_value()) return links.error();
+    const Context on{implementation, known, ordinal,
+                     **results.get<xffi::AnyBuffer>(kResults * links->size()), stream};
+    bool has_codes = false;
+    return run_links(links, [&](const Link& link, const Link* next) {
+      return run_on_cuda(link, next, on, &has_codes);
     });
   });
 }

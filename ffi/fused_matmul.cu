@@ -15,10 +15,12 @@ __host__ __device__ __nv_bfloat16 normalized_value(const Product& p, float x, in
   return __float2bfloat16(x * __bfloat162float(p.norm_weight[k]) * factor);
 }
 
-__host__ __device__ void finish_element(const Product& p, const float* sums, int64_t index) {
+__host__ __device__ void finish_element(const Product& p, const void* sums, Type type,
+                                        int64_t index) {
   const int64_t columns = p.d_columns();
-  const float* const sum = sums + index / columns * p.n + index % columns;
-  float value = p.swiglu ? silu(sum[0]) * sum[columns] : sum[0];
+  const int64_t sum = index / columns * p.n + index % columns;
+  float value = load_as_float(sums, type, sum);
+  if (p.swiglu) value = silu(value) * load_as_float(sums, type, sum + columns);
   if (p.residual != nullptr) value += __bfloat162float(p.residual[index]);
   static_cast<__nv_bfloat16*>(p.d)[index] = __float2bfloat16(value);
 }
@@ -46,9 +48,9 @@ __global__ void __launch_bounds__(kThreads) normalize_kernel(Product p, __nv_bfl
   }
 }
 
-__global__ void __launch_bounds__(kThreads) finish_kernel(Product p, const float* sums) {
+__global__ void __launch_bounds__(kThreads) finish_kernel(Product p, const void* sums, Type type) {
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (index < p.m * p.d_columns()) finish_element(p, sums, index);
+  if (index < p.m * p.d_columns()) finish_element(p, sums, type, index);
 }
 
 }  // namespace
@@ -58,9 +60,9 @@ cudaError_t normalize_device(const Product& p, __nv_bfloat16* normalized, cudaSt
   return cudaGetLastError();
 }
 
-cudaError_t finish_device(const Product& p, const float* sums, cudaStream_t stream) {
+cudaError_t finish_device(const Product& p, const void* sums, Type type, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(ceil_div(p.m * p.d_columns(), kThreads));
-  finish_kernel<<<blocks, kThreads, 0, stream>>>(p, sums);
+  finish_kernel<<<blocks, kThreads, 0, stream>>>(p, sums, type);
   return cudaGetLastError();
 }
 
@@ -80,8 +82,8 @@ void normalize_host(const Product& p, __nv_bfloat16* normalized) {
   }
 }
 
-void finish_host(const Product& p, const float* sums) {
-  for (int64_t i = 0; i < p.m * p.d_columns(); ++i) finish_element(p, sums, i);
+void finish_host(const Product& p, const void* sums, Type type) {
+  for (int64_t i = 0; i < p.m * p.d_columns(); ++i) finish_element(p, sums, type, i);
 }
 
 }  // namespace jax_fp8

@@ -20,8 +20,8 @@ void normalize_host(const Product& product, __nv_bfloat16* normalized);
 cudaError_t normalize_device(const Product& product, __nv_bfloat16* normalized,
                              cudaStream_t stream);
 
-// D, of the float32 (m, n) of the product with its bias.
-void finish_host(const Product& product, const float* sums);
-cudaError_t finish_device(const Product& product, const float* sums, cudaStream_t stream);
+// D, of the (m, n) of the product with its bias, in float32 or bfloat16.
+void finish_host(const Product& product, const void* sums, Type type);
+cudaError_t finish_device(const Product& product, const void* sums, Type type, cudaStream_t stream);
 
 }  // namespace jax_fp8

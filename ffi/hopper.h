@@ -117,6 +117,13 @@ __device__ inline void add_shared(float* values, uint32_t address) {
   values[3] += more.w;
 }
 
+__device__ inline void load_words(uint32_t (&words)[4], uint32_t address) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address)
+               : "memory");
+}
+
 // True in one lane of the warp, all of which must call it. Unlike a comparison of lanes it lets the
 // compiler keep what that lane does in uniform registers, which TMA reads.
 __device__ inline bool elect_lane() {
@@ -170,9 +177,10 @@ __device__ inline void copy_out(const CUtensorMap& map, uint32_t source, int x, 
       : "memory");
 }
 
-// Until this thread's copies out have read their sources.
+// Until all but the last `pending` of this thread's copies out have read their sources.
+template <int pending = 0>
 __device__ inline void copy_out_wait() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
 }
 
 // Makes what this thread wrote to shared memory visible to the copy engine.
@@ -249,6 +257,21 @@ MULTIPLY_ADD(128, "m64n256",
              TEN_SUMS(4), TEN_SUMS(5), TEN_SUMS(6), TEN_SUMS(7), TEN_SUMS(8), TEN_SUMS(9),
              TEN_SUMS(10), TEN_SUMS(11), "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]),
              "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127]))
+
+// d (64 x 256, f32) = [d +] a (64 x 32 codes) times b (32 codes x 256), both described and in E4M3.
+__device__ inline void multiply_codes(float (&d)[128], uint64_t a, uint64_t b, bool add) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %130, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k32.f32.e4m3.e4m3"
+      " {" TEN_NAMES() TEN_NAMES(1) TEN_NAMES(2) TEN_NAMES(3) TEN_NAMES(4) TEN_NAMES(5) TEN_NAMES(6) TEN_NAMES(7) TEN_NAMES(8) TEN_NAMES(9) TEN_NAMES(10)
+          TEN_NAMES(11) "%120, %121, %122, %123, %124, %125, %126, %127}, %128, %129, p, 1, 1;\n"
+      "}"
+      : TEN_SUMS(), TEN_SUMS(1), TEN_SUMS(2), TEN_SUMS(3), TEN_SUMS(4), TEN_SUMS(5), TEN_SUMS(6), TEN_SUMS(7), TEN_SUMS(8), TEN_SUMS(9), TEN_SUMS(10), TEN_SUMS(11), "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]),
+             "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+}
 
 #undef MULTIPLY_ADD_TYPE
 #undef MULTIPLY_ADD

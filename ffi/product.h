@@ -63,6 +63,8 @@ struct Product {
   float eps;                         // Of the norm.
   bool swiglu;                    // D is (m, n / 2): silu of the first columns, times the others.
   const __nv_bfloat16* residual;  // Of D's shape, added at the end, or null.
+  uint8_t* codes;                 // D once more, in E4M3 with that one scale, or null.
+  const float* codes_scale;
 
   __host__ __device__ int64_t d_columns() const { return swiglu ? n / 2 : n; }
   bool blocks() const { return x.per_block() || w.per_block(); }

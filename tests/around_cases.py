@@ -18,9 +18,10 @@ EPS = 1e-5
 BF16_ROUNDING = 2.0**-8
 
 
-def quantized(x, norm=None, eps=EPS, implementation=None):
-    """What the recipe ``"rowwise"`` multiplies, for ``expected``."""
-    options = {"granularity": "row", "implementation": implementation}
+def quantized(x, norm=None, eps=EPS, implementation=None, scale=None):
+    """What is multiplied, for ``expected``: by ``"rowwise"``, or by ``"static"`` with a scale."""
+    granularity = "row" if scale is None else "tensor"
+    options = {"granularity": granularity, "scale": scale, "implementation": implementation}
     if norm is None:
         return jax_fp8.quantize(x, **options)
     return jax_fp8.rms_norm_quantize(x, norm, eps=eps, **options)
@@ -37,12 +38,13 @@ def expected(
     first=False,
     multiplied=None,
     is_other=False,
+    is_rounded=False,
 ):
     """The result in float64, and what it may be off by before it is rounded.
 
     ``first`` and ``multiplied`` say what is multiplied by w: the bfloat16 x times the norm's
     weight, or this in FP8, of which an element may be ``is_other``, next to it; else the norm in
-    bfloat16.
+    bfloat16. Sums may be added up fast, and ``is_rounded`` to bfloat16.
     """
     dtype = np.asarray(x).dtype
     wide, weights = np.asarray(x).astype(np.float64), ref.values(w)
@@ -67,7 +69,9 @@ def expected(
         largest = (np.abs(h)[..., None, :] * np.abs(weights)).max(-1) if ties else 0.0
     sums = ref.sum_error(magnitudes, x.shape[-1])
     if multiplied is not None:  # By FP8 tensor cores, it may be.
-        sums = np.maximum(sums, ref.random_error(magnitudes, x.shape[-1], fast=False))
+        sums = np.maximum(sums, ref.random_error(magnitudes, x.shape[-1], fast=is_rounded))
+    if is_rounded:
+        sums = sums + BF16_ROUNDING * (np.abs(y) + sums)
     error = sums + ties * largest + 8 * 2.0**-24 * np.abs(y)
     if bias is not None:
         y = y + np.asarray(bias).astype(np.float64)

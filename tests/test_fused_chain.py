@@ -116,13 +116,14 @@ def test_axes_of_rows(implementation, recipe, rng):
 
 
 def test_what_the_kernels_do_not_take(rng, recipe):
-    for changed in ({"w_dtype": ref.E5M2}, {"granularity": (1, 128)}, {"m": 17}, {"hidden": 104}):
+    rows = {"m": 17, "qkv": 60} if recipe == "rowwise" else {"m": 17}
+    for changed in ({"w_dtype": ref.E5M2}, {"granularity": (1, 128)}, rows, {"hidden": 104}):
         given = {"m": 3, "width": 256, "hidden": 256, **changed}
         x, links = block(rng, **given)
         found = jax_fp8.fused_chain(x, links, recipe=recipe)
         for got, want in zip(found, apart(x, links, recipe=recipe), strict=True):
             ref.assert_same_bits(got, want)
-        index = 2 if "hidden" in changed else 0
+        index = 2 if "hidden" in changed else 3 if "qkv" in changed else 0
         with pytest.raises(
             NotImplementedError, match=f"^fused_chain, link {index}: implementation"
         ):
@@ -173,9 +174,12 @@ def test_vmap_of_more_rows_than_the_kernels_take(rng, recipe):
     links[0] = Link(links[0].w)
     options = {"recipe": recipe, "implementation": "kernel"}
     got = jax.vmap(lambda x: jax_fp8.fused_chain(x, links, **options))(many)
+    # As many rows together as round their sums, quantized.
+    loose = recipe == "rowwise"
     for entry, x in enumerate(many):
-        for one, want in zip(got, apart(x, links, **options), strict=True):
-            ref.assert_same_bits(one[entry], want)
+        assert_alike(
+            [y[entry] for y in got], apart(x, links, **options), recipe=recipe, loose=loose
+        )
 
 
 def test_it_cannot_be_differentiated(implementation, rng):
@@ -306,19 +310,19 @@ def test_what_runs(rng, recipe):
 def test_a_link_in_steps_is_between_two_that_are_not(handlers, rng):
     """Of the handler: operations do not ask it for links that it has no kernel for."""
     ffi.register()
-    options = {"quantizes": False, "implementation": "", "capability": 0}
+    options = {"quantizes": False, "many_rows": False, "implementation": "", "capability": 0}
 
     def link(n, k, residual=None):
         w = jax_fp8.quantize(jnp.asarray(rng.standard_normal((n, k)), jnp.float32))
-        return ffi.Link(w.data, w.scale, None, None, residual, 0.0, swiglu=False)
+        return ffi.Link(w.data, w.scale, None, None, residual, None, 0.0, swiglu=False)
 
     x = jnp.asarray(rng.standard_normal((2, 64)), ref.BF16)
     links = [link(72, 64), link(64, 72), link(64, 64, residual=1), link(64, 64)]
     jax_fp8.clear_plans()
     found = jax.block_until_ready(ffi.fused_matmul(x, links, **options))
     ran = [p["implementation"] for p in jax_fp8.plans() if p["when"] == "run"]
-    # A K of 72 is not in steps of 16.
-    assert ran == (["gemv", "steps", "gemv", "gemv"] if ref.on_gpu() else ["naive"] * 4)
+    # A K of 72 is not in steps of 16. Plans are not in the order in which they ran.
+    assert sorted(ran) == (["gemv"] * 3 + ["steps"] if ref.on_gpu() else ["naive"] * 4)
     for one, got in zip(links, found, strict=True):
         residual = one.residual if one.residual is None else found[one.residual]
         (want,) = ffi.fused_matmul(x, [dataclasses.replace(one, residual=residual)], **options)

@@ -128,7 +128,7 @@ def test_axes_of_rows(implementation, recipe, rng):
         {"granularity": (1, 128)},
         {"granularity": (128, 128)},
         {"m": 9},
-        {"m": 17},
+        {"m": 17, "n": 36},
         {"k": 104},
         {"m": 8, "k": 8192},
     ],
@@ -307,7 +307,7 @@ def test_a_quantization_and_a_product_are_the_default(rng):
     assert found["fused_matmul"]["implementation"] == "small_m"
     assert found["fused_matmul"]["parts"] == "norm, quantize, product, bias, swiglu, residual"
     found = ran(*operands(rng, 17, 40, 64, ())[:2], recipe="rowwise")
-    assert set(found) == {"quantize", "scaled_matmul"}
+    assert set(found) == {"quantize", "scaled_matmul"}  # There are too few tiles.
 
 
 @pytest.mark.gpu

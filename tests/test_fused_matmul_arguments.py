@@ -30,6 +30,10 @@ def arrays(m=2, n=8, k=32, dtype=jnp.bfloat16):
         ({"residual": jnp.ones((2, 8))}, TypeError, r"bfloat16\(2, 8\), got float32\(2, 8\)"),
         ({"activation": "gelu"}, ValueError, "unknown activation 'gelu'; accepted are"),
         ({"recipe": "tensorwise"}, ValueError, "unknown recipe 'tensorwise'; accepted are"),
+        ({"recipe": "static"}, ValueError, "a scale goes with .* got 'static' and no scale"),
+        ({"scale": 1.0}, ValueError, "a scale goes with .* got 'weight_only' and a scale"),
+        ({"recipe": "static", "scale": jnp.ones(2)}, ValueError, r"scale of shape \(2,\)"),
+        ({"recipe": "static", "scale": 1}, TypeError, "scale must be float32, got int32"),
         ({**arrays(n=7), "activation": "swiglu"}, ValueError, r"for swiglu, got \(7, 32\)"),
         ({"implementation": "gemv"}, ValueError, "unknown implementation 'gemv'; accepted"),
         ({"eps": -1.0}, ValueError, "eps must be finite and not negative, got -1"),
@@ -49,6 +53,7 @@ GIVEN = {
     "bias": np.zeros((0,), np.float32),
     "norm": np.zeros((0,), np.float32),
     "residual": np.zeros((0,), np.float32),
+    "given": np.zeros((0,), np.float32),
     "d": ((2, 8), jnp.bfloat16),
     "multiplied": ((2, 32), jnp.bfloat16),
     "scales": ((0, 1), jnp.float32),
@@ -56,8 +61,9 @@ GIVEN = {
     "eps": [0.0],
     "swiglu": [0],
     "added": [-1],
+    "workspace": 0,
 }
-LINK = ("w", "w_scale", "bias", "norm", "residual")
+LINK = ("w", "w_scale", "bias", "norm", "residual", "given")
 
 
 def call(links=1, **changed):
@@ -66,6 +72,7 @@ def call(links=1, **changed):
     ffi.register()
     names = ("d", "multiplied", "scales", "sums")
     results = [jax.ShapeDtypeStruct(*given[name]) for name in names] * links
+    results.append(jax.ShapeDtypeStruct((given["workspace"],), jnp.uint8))
     return jax.ffi.ffi_call("jax_fp8_fused_matmul", results)(
         *(jnp.asarray(given[name]) for name in ("x", "x_scale", *LINK * links)),
         eps=np.array(given["eps"], np.float32),
@@ -73,10 +80,14 @@ def call(links=1, **changed):
         added=np.array(given["added"], np.int64),
         implementation="",
         capability=np.int64(0),
-    )[-4]
+    )[-5]
 
 
 QUANTIZED = {"multiplied": ((2, 32), jnp.float8_e4m3fn), "scales": ((2, 1), jnp.float32)}
+STATIC = {**QUANTIZED, "given": np.full((1, 1), 0.5, np.float32)}
+#: Sums in bfloat16, and none where nothing is done to them.
+MANY = {"sums": ((0, 8), jnp.bfloat16), "workspace": 32 << 20}
+MANY_OF_SQUARE = {"sums": ((0, 32), jnp.bfloat16), "workspace": 32 << 20}
 
 
 #: Two links, of which the second multiplies the result of the first.
@@ -93,11 +104,16 @@ SQUARE = {
 RESIDUAL = {"residual": np.ones((2, 32), jnp.bfloat16)}
 
 
-@pytest.mark.parametrize("changed", [{}, QUANTIZED], ids=["weight_only", "rowwise"])
+@pytest.mark.parametrize(
+    "changed", [{}, QUANTIZED, STATIC], ids=["weight_only", "rowwise", "static"]
+)
 def test_a_call_that_fits(handlers, changed):
     assert call(**changed).tolist() == [[32.0] * 8] * 2
     assert call(**changed, **SQUARE).tolist() == [[1024.0] * 32] * 2
     assert call(**changed, **{**SQUARE, "added": [-1, 0]}).tolist() == [[1056.0] * 32] * 2
+    if changed:
+        assert call(**changed, **MANY).tolist() == [[32.0] * 8] * 2
+        assert call(**{**changed, **SQUARE, **MANY_OF_SQUARE}).tolist() == [[1024.0] * 32] * 2
 
 
 @pytest.mark.parametrize(
@@ -121,12 +137,17 @@ def test_a_call_that_fits(handlers, changed):
         ({"sums": ((2, 4), jnp.float32)}, "scratch must be bfloat16 for x, or float8"),
         ({"eps": [-1.0]}, "eps must be finite and not negative, got -1"),
         ({"eps": [np.nan]}, "eps must be finite and not negative"),
-        ({"eps": [0.0, 0.0]}, "5 arguments, 4 results .* got 5, 4 and 2, 1, 1"),
-        ({"swiglu": [0, 0]}, "got 5, 4 and 1, 2, 1"),
+        ({"sums": ((0, 8), jnp.float32)}, "scratch must be bfloat16 for x, or float8"),
+        ({**QUANTIZED, "sums": ((2, 8), jnp.bfloat16)}, r"scratch must .*bfloat16\[2,8\]"),
+        ({**QUANTIZED, **MANY, "swiglu": [1], "d": ((2, 4), jnp.bfloat16)}, "scratch must be"),
+        ({"given": STATIC["given"]}, r"a static scale must be .* x quantized, got float32\[1,1\]"),
+        ({**QUANTIZED, "given": np.ones(2, np.float32)}, r"a static scale .*got float32\[2\]"),
+        ({"eps": [0.0, 0.0]}, "6 arguments, 4 results .* got 6, 5 and 2, 1, 1"),
+        ({"swiglu": [0, 0]}, "got 6, 5 and 1, 2, 1"),
         ({"swiglu": [2]}, "swiglu must be 0 or 1, got 2 for link 0"),
         ({"added": [-2]}, "link 0 adds the result of link -2"),
-        ({"added": [-1, -1]}, "got 5, 4 and 1, 1, 2"),
-        ({"links": 2}, "got 10, 8 and 1, 1, 1"),
+        ({"added": [-1, -1]}, "got 6, 5 and 1, 1, 2"),
+        ({"links": 2}, "got 12, 9 and 1, 1, 1"),
         ({"added": [0]}, r"link 0 adds the result of link 0, which must be before it"),
         ({**SQUARE, "added": [-1, 1]}, "link 1 adds the result of link 1"),
         ({**SQUARE, **RESIDUAL, "added": [-1, 0]}, r"link 0, .* before it, and bfloat16\[2,32\]"),

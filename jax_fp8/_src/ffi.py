@@ -293,6 +293,7 @@ class Link:
       bias: None, or (N,).
       norm: None, or the weight of a norm of x, (K,).
       residual: None, (M, columns), or the index of the link whose result is added.
+      scale: None, or the (1, 1) scale that what is multiplied is quantized with.
       eps: of the norm.
       swiglu: whether the result is of gates and what they gate.
     """
@@ -302,6 +303,7 @@ class Link:
     bias: jax.Array | None
     norm: jax.Array | None
     residual: jax.Array | int | None
+    scale: jax.Array | None
     eps: float
     swiglu: bool
 
@@ -313,12 +315,19 @@ class Link:
 
 
 def fused_matmul(
-    x: jax.Array, links: Sequence[Link], *, quantizes: bool, implementation: str, capability: int
+    x: jax.Array,
+    links: Sequence[Link],
+    *,
+    quantizes: bool,
+    many_rows: bool,
+    implementation: str,
+    capability: int,
 ) -> tuple[jax.Array, ...]:
     """Calls ``jax_fp8_fused_matmul``: (M, columns) of each link.
 
     The first multiplies x, (M, K), each of the others what the one before it has made. Where it
-    ``quantizes``, what is multiplied goes to E4M3 with scales of its rows.
+    ``quantizes``, what is multiplied goes to E4M3 with scales of its rows, or one that is given.
+    With ``many_rows`` sums are rounded to bfloat16 before what is done to them.
     """
     register()
     none = jnp.zeros((0,), jnp.float32)
@@ -328,14 +337,17 @@ def fused_matmul(
     for link in links:
         n, k = link.w.shape
         residual = None if isinstance(link.residual, int) else link.residual
-        optional = (link.bias, link.norm, residual)
+        optional = (link.bias, link.norm, residual, link.scale)
         operands += [link.w, link.w_scale, *(none if a is None else a for a in optional)]
+        # A bare product of many rows is the result.
+        has_sums = not many_rows or link.swiglu or link.residual is not None
         results += [
             _result(x, (m, link.columns), x.dtype),
             _result(x, (m, k), jnp.float8_e4m3fn if quantizes else x.dtype),
             _result(x, (m if quantizes else 0, 1), jnp.float32),
-            _result(x, (m, n), jnp.float32),
+            _result(x, (m if has_sums else 0, n), jnp.bfloat16 if many_rows else jnp.float32),
         ]
+    results.append(_result(x, (WORKSPACE_BYTES if many_rows else 0,), jnp.uint8))
     added = [link.residual if isinstance(link.residual, int) else -1 for link in links]
     return tuple(
         jax.ffi.ffi_call("jax_fp8_fused_matmul", results)(
@@ -345,7 +357,7 @@ def fused_matmul(
             added=np.array(added, np.int64),
             implementation=implementation,
             capability=np.int64(capability),
-        )[::4]
+        )[:-1:4]
     )
 
 

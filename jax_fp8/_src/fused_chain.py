@@ -13,7 +13,12 @@ from jax import lax
 from jax_fp8._src import fused_matmul_operation
 from jax_fp8._src.batching import loop, with_axis
 from jax_fp8._src.fused_matmul import check_x, link_of
-from jax_fp8._src.fused_matmul_operation import AroundConfig, kernel, kernel_refusal
+from jax_fp8._src.fused_matmul_operation import (
+    AroundConfig,
+    best_in_steps,
+    kernel,
+    kernel_refusal,
+)
 from jax_fp8._src.partition import Axes, Rule, partition
 from jax_fp8._src.scaled_array import ScaledArray
 from jax_fp8._src.undifferentiable import undifferentiable
@@ -30,6 +35,7 @@ class ChainLink:
       bias: None, or ``(N,)``.
       activation: None, or ``"swiglu"``.
       residual: None, an array, or the index of the link before this one whose result is added.
+      scale: None, or with the recipe ``"static"`` that of what is multiplied.
     """
 
     w: ScaledArray
@@ -38,6 +44,7 @@ class ChainLink:
     bias: Any = None
     activation: str | None = None
     residual: Any = None
+    scale: Any = None
 
 
 def fused_chain(
@@ -107,6 +114,7 @@ def fused_chain(
             multiplied,
             *(link.w, link.norm, link.eps, link.bias, link.activation),
             residual=residual,
+            scale=link.scale,
             recipe=recipe,
             implementation=implementation,
             added=added,
@@ -123,8 +131,8 @@ def fused_chain(
 
 # --- How it runs ----------------------------------------------------------------------------------
 
-#: Of each link, but for x: w, its scale, the bias, the norm and the residual.
-_OPERANDS = 5
+#: Of each link, but for x: w, its scale, the bias, the norm, the residual, and the scale of x.
+_OPERANDS = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,13 +149,13 @@ class _ChainConfig:
         """Those of each link."""
         return [operands[i : i + _OPERANDS] for i in range(0, len(operands), _OPERANDS)]
 
-    def kernel_refusal(self, x: Any, operands: Sequence[Any]) -> str | None:
-        """Why the handler has no kernel for one of the links, or None."""
-        for config, (w, _, _, norm, _) in zip(self.links, self.split(operands), strict=True):
+    def any_link(self, is_so: Callable[..., Any], x: Any, operands: Sequence[Any]) -> bool:
+        """Whether ``is_so(config, what is multiplied, w, norm)`` of one of the links."""
+        for config, (w, _, _, norm, *_) in zip(self.links, self.split(operands), strict=True):
             multiplied = jax.ShapeDtypeStruct((*x.shape[:-1], w.shape[1]), x.dtype)
-            if reason := kernel_refusal(config, multiplied, w, norm):
-                return reason
-        return None
+            if is_so(config, multiplied, w, norm):
+                return True
+        return False
 
 
 def _in_turn(
@@ -156,10 +164,10 @@ def _in_turn(
     """Each link by itself."""
     results: list[jax.Array] = []
     for link, added, own in zip(config.links, config.added, config.split(operands), strict=True):
-        *others, residual = own
+        *others, residual, scale = own
         if added is not None:
             residual = results[added]
-        (x,) = run(link, x, *others, residual)
+        (x,) = run(link, x, *others, residual, scale)
         results.append(x)
     return tuple(results)
 
@@ -179,7 +187,7 @@ def _local(config: _ChainConfig, *operands: jax.Array, axes: Axes) -> tuple[jax.
     in_one = functools.partial(_kernel, config)
     if config.implementation == "kernel":
         return in_one(*operands)
-    if config.implementation == "xla" or config.kernel_refusal(operands[0], operands[1:]):
+    if config.implementation == "xla" or config.any_link(best_in_steps, operands[0], operands[1:]):
         each = functools.partial(fused_matmul_operation.local, axes={})
         return _in_turn(each, config, *operands)
     in_steps = functools.partial(_in_turn, fused_matmul_operation.steps, config)
@@ -191,10 +199,10 @@ def _rule(config: _ChainConfig, *operands: jax.Array) -> Rule:
     rows = tuple(f"m{i}" for i in range(x.ndim - 1))
     dimensions: list[tuple[str | None, ...]] = [(*rows, None)]
     for link, own in zip(config.links, config.split(others), strict=True):
-        *weights, residual = own
+        *weights, residual, _ = own
         dimensions += [(None,) * array.ndim for array in weights]
         # The residual is of x's rank, or a placeholder.
-        dimensions.append((*rows, None) if link.has_residual and residual.ndim else ())
+        dimensions += [(*rows, None) if link.has_residual and residual.ndim else (), ()]
     return Rule(
         tuple(dimensions),
         ((*rows, None),) * len(config.links),
@@ -216,15 +224,15 @@ def _operation(config: _ChainConfig) -> Any:
         x, *others = operands
         x_batched, *others_batched = in_batched
         rows = jax.ShapeDtypeStruct((axis_size, *x.shape[x_batched:]), x.dtype)
-        shared = not any(any(own[:-1]) for own in config.split(others_batched))
+        shared = not any(any((*own[:-2], own[-1])) for own in config.split(others_batched))
         named = config.implementation == "kernel"
-        if not shared or (named and config.kernel_refusal(rows, others)):
+        if not shared or (named and config.any_link(kernel_refusal, rows, others)):
             # Weights of its own for each entry, or more rows than the kernel takes.
             return loop(run, in_batched, operands), (True,) * count
 
         merged = list(others)
         for i, link in enumerate(config.links):
-            at = _OPERANDS * i + _OPERANDS - 1
+            at = _OPERANDS * i + _OPERANDS - 2
             if link.has_residual and config.added[i] is None:
                 merged[at] = with_axis(others[at], others_batched[at], axis_size)
         return run(with_axis(x, x_batched, axis_size), *merged), (True,) * count

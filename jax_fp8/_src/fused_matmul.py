@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax_fp8._src import scaled_matmul as products
 from jax_fp8._src.fused import check_eps, check_wide
 from jax_fp8._src.fused_matmul_operation import AroundConfig, kernel_refusal, operation
-from jax_fp8._src.quantize import IMPLEMENTATIONS
+from jax_fp8._src.quantize import IMPLEMENTATIONS, static_scale
 from jax_fp8._src.scaled_array import ScaledArray, check_scaled_array
 
 ACTIVATIONS = (None, "swiglu")
-RECIPES = ("weight_only", "rowwise")
+RECIPES = ("weight_only", "rowwise", "static")
 
 
 def fused_matmul(
@@ -27,22 +27,24 @@ def fused_matmul(
     activation: str | None = None,
     residual: Any = None,
     recipe: str = "weight_only",
+    scale: Any = None,
     implementation: str | None = None,
 ) -> Any:
-    """``residual + activation(rms_norm(x) @ w.T + bias)`` for few rows, in one call.
+    """``residual + activation(rms_norm(x) @ w.T + bias)``, in one call.
 
-    As ``matmul`` between an RMSNorm, a SwiGLU and an addition, each where it is asked for, for as
-    few rows as a language model has that writes a few texts. On Hopper all of it takes little
-    longer than reading ``w``, for what ``implementation`` says below: with ``"weight_only"`` it is
-    one kernel; with ``"rowwise"`` a quantization, beside which the product already reads weights,
-    and that product with the rest in it. Elsewhere it is a norm, the product and the rest, one
-    after the other.
+    As ``matmul`` between an RMSNorm, a SwiGLU and an addition, each where it is asked for. On
+    Hopper, for what ``implementation`` says below, few rows take little longer than reading ``w``:
+    with ``"weight_only"`` it is one kernel; else a quantization, beside which the product already
+    reads weights, and that product with the rest in it. Many rows take as long as their
+    quantization and the bare product, which does the rest while it multiplies. Elsewhere it is a
+    norm, the product and the rest, one after the other.
 
     With ``"weight_only"`` the activations stay in 16 bits. The norm's values are those of
     ``rms_norm_quantize``, rounded to ``x``'s dtype; the one kernel rounds ``x * norm`` in their
     place, and divides the sums by the RMS. With ``"rowwise"`` they, or ``x``, go to E4M3 with a
-    scale of each row, as ``rms_norm_quantize`` and ``quantize`` do it. After the product all is
-    float32 until the result.
+    scale of each row, as ``rms_norm_quantize`` and ``quantize`` do it, and with ``"static"`` with
+    the scale that is given. After the product all is float32 until the result; but that with more
+    than sixteen rows in E4M3 the kernel accumulates fast, and rounds the sums to bfloat16 once.
 
     Args:
       x: ``(..., K)``; bfloat16 or float16.
@@ -54,11 +56,13 @@ def fused_matmul(
       activation: None, or ``"swiglu"``: ``silu(gate) * up``, the first half of the columns being
         the gates and the second half what goes with them.
       residual: None, or an array of the result's shape and dtype.
-      recipe: ``"weight_only"``, or ``"rowwise"``: activations in E4M3, each row with its scale.
+      recipe: ``"weight_only"``; ``"rowwise"``: activations in E4M3, each row with its scale; or
+        ``"static"``: with one scale that is given.
+      scale: of ``"static"``, a float32 scalar; None with other recipes.
       implementation: ``"kernel"`` (bfloat16, E4M3 weights with ``"tensor"`` or ``"row"`` scales, K
-        in steps of 16; with ``"weight_only"`` up to eight rows, which with a norm fit into 96 KiB,
-        with ``"rowwise"`` up to sixteen), ``"xla"`` (plain JAX), or None for the best that the
-        device and the shapes support.
+        in steps of 16; with ``"weight_only"`` up to eight rows, which with a norm fit into 96 KiB;
+        with other recipes and more than sixteen rows columns of the result in steps of 8),
+        ``"xla"`` (plain JAX), or None for the best that the device and the shapes support.
 
     Returns:
       ``(..., N)``, or ``(..., N / 2)`` with ``"swiglu"``; of ``x``'s dtype.
@@ -85,6 +89,7 @@ def fused_matmul(
         jax.ShapeDtypeStruct(x.shape, x.dtype),
         *(w, norm, eps, bias, activation),
         residual=residual,
+        scale=scale,
         recipe=recipe,
         implementation=implementation,
     )
@@ -113,6 +118,7 @@ def link_of(
     activation: str | None,
     *,
     residual: Any,
+    scale: Any,
     recipe: str,
     implementation: str | None,
     added: jax.ShapeDtypeStruct | None = None,
@@ -162,6 +168,14 @@ def link_of(
                 f"{op}: residual must have shape and dtype of the result, {x.dtype}{shape}, got"
                 f" {like.dtype}{like.shape}"
             )
+    if (scale is not None) != (recipe == "static"):
+        raise ValueError(
+            f"{op}: a scale goes with the recipe 'static' and with no other; got {recipe!r} and"
+            f" {'no scale' if scale is None else 'a scale'}"
+        )
+    of_x = jnp.zeros((), jnp.float32)
+    if scale is not None:
+        of_x = static_scale(op, scale, (1,), "tensor").reshape(())
     config = AroundConfig(
         granularity=w.granularity,
         eps=check_eps(op, eps),
@@ -169,7 +183,8 @@ def link_of(
         has_bias=bias is not None,
         activation=activation,
         has_residual=like is not None,
-        quantizes=recipe == "rowwise",
+        quantizes=recipe != "weight_only",
+        static=scale is not None,
         implementation=implementation,
         capability=products._forced_capability,
     )
@@ -180,4 +195,4 @@ def link_of(
                 f"{op}: implementation 'kernel' cannot multiply x {x.dtype.name}{x.shape} by w"
                 f" {w.dtype.name}{w.shape} with granularity {w.granularity!r}: {reason}"
             )
-    return config, (w.data, w.scale, given["bias"], given["norm"], total)
+    return config, (w.data, w.scale, given["bias"], given["norm"], total, of_x)

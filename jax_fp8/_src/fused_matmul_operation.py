@@ -1,4 +1,4 @@
-"""How a product with what stands around it runs: one handler for few rows, or in steps."""
+"""How a product with what stands around it runs: one handler, or in steps."""
 
 from __future__ import annotations
 
@@ -25,9 +25,12 @@ from jax_fp8._src.scaled_matmul import on_device
 from jax_fp8._src.undifferentiable import undifferentiable
 
 #: What the kernels take. Of 16 bits, as ffi/gemv.cu says: rows, and bytes of shared memory for a
-#: norm's x. Quantized, as ffi/small_m_hopper.cu says: rows.
+#: norm's x.
 _MOST_ROWS, _NORM_BYTES = 8, 96 << 10
-_MOST_ROWS_QUANTIZED = 16
+#: Quantized, rows of ffi/small_m_hopper.cu. More are those of ffi/large_m_hopper.cu: the columns of
+#: its results come in steps, and its tiles are (rows, columns) of W, as many at once as are best.
+_FEW_ROWS, _COLUMN_STEP = 16, 8
+_TILE, _TILES_AT_ONCE, _LEAST_FILL = (256, 256), 66, 0.85
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +43,9 @@ class AroundConfig:
     has_bias: bool
     activation: str | None
     has_residual: bool
-    #: Whether x, or its norm, goes to E4M3 with scales of its rows.
+    #: Whether x, or its norm, goes to E4M3, with scales of its rows or one that is given.
     quantizes: bool
+    static: bool
     implementation: str | None
     #: As of a CallConfig.
     capability: int = 0
@@ -51,7 +55,7 @@ class AroundConfig:
         """Of the product among the steps."""
         return CallConfig(
             out_dtype=jnp.dtype(jnp.float32),
-            x_granularity="row" if self.quantizes else "tensor",
+            x_granularity="row" if self.quantizes and not self.static else "tensor",
             w_granularity=self.granularity,
             has_bias=False,
             activation=None,
@@ -64,13 +68,18 @@ class AroundConfig:
 def kernel_refusal(config: AroundConfig, x: Any, w: Any, norm: Any) -> str | None:
     """Why the kernel cannot compute this on any device, or None."""
     rows, k = math.prod(x.shape[:-1]), x.shape[-1]
-    most_rows = _MOST_ROWS_QUANTIZED if config.quantizes else _MOST_ROWS
+    columns = w.shape[0] // (2 if config.activation else 1)
     if x.dtype != jnp.bfloat16 or w.dtype != E4M3:
         return f"it multiplies bfloat16 by float8_e4m3fn, not {x.dtype.name} by {w.dtype.name}"
     if isinstance(config.granularity, tuple):
         return f"it takes no block scales, and w has granularity {config.granularity}"
-    if rows > most_rows:
-        return f"it takes up to {most_rows} rows, not {rows}"
+    if rows > _MOST_ROWS and not config.quantizes:
+        return f"it takes up to {_MOST_ROWS} rows, not {rows}"
+    if rows > _FEW_ROWS and columns % _COLUMN_STEP:
+        return (
+            f"with more than {_FEW_ROWS} rows it writes columns in steps of {_COLUMN_STEP}, and"
+            f" there are {columns}"
+        )
     if k % 16 or k == 0:
         return f"it reads K in steps of 16, and K is {k}"
     if config.has_norm and norm.dtype != x.dtype:
@@ -78,6 +87,17 @@ def kernel_refusal(config: AroundConfig, x: Any, w: Any, norm: Any) -> str | Non
     if config.has_norm and not config.quantizes and (rows + 1) * k * 2 > _NORM_BYTES:
         return f"{rows} rows of K = {k} are too large to stay in shared memory, as a norm takes"
     return None
+
+
+def best_in_steps(config: AroundConfig, x: Any, w: Any, norm: Any) -> bool:
+    """Whether steps are what is best, as the kernel cannot compute it, or its tiles are too few."""
+    if kernel_refusal(config, x, w, norm):
+        return True
+    rows = math.prod(x.shape[:-1])
+    if rows <= _FEW_ROWS:
+        return False
+    tiles = math.ceil(rows / _TILE[0]) * math.ceil(w.shape[0] / _TILE[1])
+    return tiles / (math.ceil(tiles / _TILES_AT_ONCE) * _TILES_AT_ONCE) < _LEAST_FILL
 
 
 def kernel(
@@ -91,12 +111,13 @@ def kernel(
     Args:
       configs: of each product.
       x: of the first one.
-      operands: of each product w, its scale, the bias, the norm and the residual.
+      operands: of each product w, its scale, the bias, the norm, the residual and the scale of what
+        is multiplied.
       added: of each product the one before it whose result is the residual, or None.
     """
     rows, links = math.prod(x.shape[:-1]), []
     for config, own, index in zip(configs, operands, added, strict=True):
-        w, w_scale, bias, norm, residual = own
+        w, w_scale, bias, norm, residual, scale = own
         is_there = config.has_residual and index is None
         links.append(
             ffi.Link(
@@ -105,6 +126,7 @@ def kernel(
                 bias=bias if config.has_bias else None,
                 norm=norm if config.has_norm else None,
                 residual=residual.reshape(rows, residual.shape[-1]) if is_there else index,
+                scale=scale.reshape(1, 1) if config.static else None,
                 eps=config.eps,
                 swiglu=config.activation == "swiglu",
             )
@@ -113,6 +135,7 @@ def kernel(
         x.reshape(rows, x.shape[-1]),
         links,
         quantizes=configs[0].quantizes,
+        many_rows=configs[0].quantizes and rows > _FEW_ROWS,
         implementation=configs[0].implementation or "",
         capability=configs[0].capability,
     )
@@ -124,15 +147,21 @@ def _kernel(config: AroundConfig, x: jax.Array, *operands: jax.Array) -> tuple[j
     return (y,)
 
 
-def _quantized(config: AroundConfig, x: jax.Array, norm: jax.Array) -> tuple[jax.Array, ...]:
-    """The data and the scales of x or of its norm, each row by itself."""
+def _quantized(
+    config: AroundConfig, x: jax.Array, norm: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The data and the scales of x or of its norm: those of each row, or the one that is given."""
     none, implementation = jnp.zeros((), jnp.float32), config.implementation
+    granularity: Granularity = "tensor" if config.static else "row"
+    given = scale.reshape((1,) * x.ndim) if config.static else none
     if not config.has_norm:
-        of_x = QuantizeConfig(E4M3, "row", False, False, implementation)
-        data, scale, _ = quantize_local(of_x, x, none, axes={})
+        of_x = QuantizeConfig(E4M3, granularity, config.static, False, implementation)
+        data, scale, _ = quantize_local(of_x, x, given, axes={})
         return data, scale
-    of_norm = FusedConfig("rms_norm", config.eps, E4M3, "row", False, False, implementation)
-    return fused_operation.run(of_norm, x, none, norm, none, none)
+    of_norm = FusedConfig(
+        "rms_norm", config.eps, E4M3, granularity, config.static, False, implementation
+    )
+    return fused_operation.run(of_norm, x, none, norm, none, given)
 
 
 def steps(
@@ -145,10 +174,10 @@ def steps(
 
     Axes ``across`` of a mesh divide K, and ``gathered`` N where that must be whole for a SwiGLU.
     """
-    x, w, w_scale, bias, norm, residual = operands
+    x, w, w_scale, bias, norm, residual, given = operands
     h, scale = x, jnp.ones((1,) * x.ndim, jnp.float32)
     if config.quantizes:
-        h, scale = _quantized(config, x, norm)
+        h, scale = _quantized(config, x, norm, given)
     elif config.has_norm:
         wide = x.astype(jnp.float32)
         factor = reciprocal_rms(wide, config.eps, across)
@@ -171,7 +200,7 @@ def steps(
 
 def local(config: AroundConfig, *operands: jax.Array, axes: Axes) -> tuple[jax.Array]:
     """Runs on the operands of one device, whatever mesh they came from."""
-    x, w, _, _, norm, _ = operands
+    x, w, _, _, norm, *_ = operands
     in_one = functools.partial(_kernel, config)
     if config.implementation == "kernel":
         return in_one(*operands)
@@ -179,8 +208,8 @@ def local(config: AroundConfig, *operands: jax.Array, axes: Axes) -> tuple[jax.A
     gathered = axes_of(("n",), axes) if config.activation else ()
     in_steps = functools.partial(steps, config, across=across, gathered=gathered)
     # Where K is divided, a device has no sum that anything could be done to.
-    kernel_cannot = across or gathered or kernel_refusal(config, x, w, norm)
-    if kernel_cannot or config.implementation == "xla":
+    takes_steps = across or gathered or best_in_steps(config, x, w, norm)
+    if takes_steps or config.implementation == "xla":
         return in_steps(*operands)
     return lax.platform_dependent(*operands, cpu=in_steps, cuda=in_one)
 
@@ -209,6 +238,7 @@ def _rule(config: AroundConfig, *operands: jax.Array) -> Rule:
             of_bias,
             of_x[-1:] if config.has_norm else (None,),
             of_y if config.has_residual else (),
+            (),
         ),
         results=(of_y,),
         multiplied=(0, 1),
@@ -227,17 +257,18 @@ def operation(config: AroundConfig) -> Any:
 
     @batched.def_vmap
     def _vmap(axis_size: int, in_batched: list[bool], *operands: jax.Array) -> Any:
-        x, *shared, residual = operands
+        x, *shared, residual, scale = operands
         run = operation(config)
         rows = jax.ShapeDtypeStruct((axis_size, *x.shape[in_batched[0] :]), x.dtype)
         named = config.implementation == "kernel"
-        if any(in_batched[1:5]) or (named and kernel_refusal(config, rows, shared[0], shared[3])):
+        apart = any(in_batched[1:5]) or in_batched[6]
+        if apart or (named and kernel_refusal(config, rows, shared[0], shared[3])):
             # Weights of its own for each entry, or more rows than the kernel takes.
             return loop(run, in_batched, operands), (True,)
 
         if config.has_residual:
             residual = with_axis(residual, in_batched[5], axis_size)
-        return run(with_axis(x, in_batched[0], axis_size), *shared, residual), (True,)
+        return run(with_axis(x, in_batched[0], axis_size), *shared, residual, scale), (True,)
 
     return undifferentiable(
         batched,
