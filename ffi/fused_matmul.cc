@@ -2,7 +2,6 @@
 // multiplies what the one before has made.
 #include "ffi/fused_matmul.h"
 
-#include <cmath>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -11,6 +10,7 @@
 #include "ffi/cublaslt.h"
 #include "ffi/decode.h"
 #include "ffi/fused.h"
+#include "ffi/fused_matmul_link.h"
 #include "ffi/gemv.h"
 #include "ffi/handlers.h"
 #include "ffi/journal.h"
@@ -23,184 +23,7 @@
 namespace jax_fp8 {
 namespace {
 
-constexpr char kName[] = "jax_fp8_fused_matmul";
-
-// A product of a chain, which multiplies the call's x or the result of the one before.
-struct Link {
-  // `given` is the scale that x, or its norm, is quantized with.
-  xffi::AnyBuffer x, x_scale, w, w_scale, bias, norm, residual, given;
-  // The results. All but the first are scratch: what is multiplied, in bfloat16, or quantized with
-  // that scale or one of each row; and the sums, which are in bfloat16 where there are many rows.
-  xffi::AnyBuffer d, multiplied, scales, sums;
-  float eps;
-  bool swiglu;
-  bool follows;  // Whether another link writes x.
-
-  bool quantizes() const { return multiplied.element_type() == xffi::DataType::F8E4M3FN; }
-  bool has_many_rows() const { return sums.element_type() == xffi::DataType::BF16; }
-  // Whether the link before can write what this one multiplies.
-  bool takes_codes() const { return quantizes() && !absent(given) && absent(norm); }
-};
-// Of a link, but for x and its scale; and of the call the workspace of cublasLt.
-constexpr size_t kArguments = 6, kResults = 4;
-
-struct Attributes {
-  xffi::Span<const float> eps;
-  xffi::Span<const int64_t> swiglu;  // 0 or 1.
-  xffi::Span<const int64_t> added;   // The link whose result is the residual, or -1.
-};
-
-xffi::ErrorOr<std::vector<Link>> make_links(xffi::AnyBuffer x, xffi::AnyBuffer x_scale,
-                                            const xffi::RemainingArgs& arguments,
-                                            const xffi::RemainingRets& results,
-                                            const Attributes& a) {
-  const size_t count = a.eps.size();
-  if (count == 0 || a.swiglu.size() != count || a.added.size() != count ||
-      arguments.size() != kArguments * count || results.size() != kResults * count + 1) {
-    return xffi::Unexpected(
-        invalid(kName, ": each link takes ", kArguments, " arguments, ", kResults,
-                " results and an entry of eps, swiglu and added, and the call a workspace; got ",
-                arguments.size(), ", ", results.size(), " and ", count, ", ", a.swiglu.size(), ", ",
-                a.added.size()));
-  }
-  std::vector<Link> links;
-  for (size_t i = 0; i < count; ++i) {
-    const auto argument = [&](size_t place) {
-      return *arguments.get<xffi::AnyBuffer>(kArguments * i + place);
-    };
-    const auto result = [&](size_t place) {
-      return **results.get<xffi::AnyBuffer>(kResults * i + place);
-    };
-    if (a.swiglu[i] != 0 && a.swiglu[i] != 1) {
-      return xffi::Unexpected(
-          invalid(kName, ": swiglu must be 0 or 1, got ", a.swiglu[i], " for link ", i));
-    }
-    xffi::AnyBuffer residual = argument(4);
-    if (a.added[i] != -1) {
-      if (a.added[i] < 0 || static_cast<size_t>(a.added[i]) >= i || !absent(residual)) {
-        return xffi::Unexpected(invalid(kName, ": link ", i, " adds the result of link ",
-                                        a.added[i], ", which must be before it, and ",
-                                        describe(residual)));
-      }
-      residual = links[static_cast<size_t>(a.added[i])].d;
-    }
-    links.push_back({i == 0 ? x : links.back().d, x_scale, argument(0), argument(1), argument(2),
-                     argument(3), residual, argument(5), result(0), result(1), result(2), result(3),
-                     a.eps[i], a.swiglu[i] == 1, i > 0});
-  }
-  return links;
-}
-
-bool is(const xffi::AnyBuffer& buffer, xffi::DataType type, const std::vector<int64_t>& shape) {
-  return buffer.element_type() == type && dims(buffer) == shape;
-}
-
-xffi::Error make(const Link& a, Product* p) {
-  constexpr auto bf16 = xffi::DataType::BF16, f32 = xffi::DataType::F32;
-  const auto x = dims(a.x), w = dims(a.w);
-  if (x.size() != 2 || w.size() != 2 || x[1] != w[1] || x[1] == 0 || !is(a.x, bf16, x) ||
-      !is(a.w, xffi::DataType::F8E4M3FN, w)) {
-    return invalid(kName, ": x must be (M, K) of bfloat16 and w (N, K) of float8_e4m3fn, got ",
-                   describe(a.x), " and ", describe(a.w));
-  }
-  p->batch = 1;
-  p->m = x[0];
-  p->n = w[0];
-  p->k = x[1];
-  p->swiglu = a.swiglu;
-  if (p->swiglu && p->n % 2 != 0) {
-    return invalid(kName, ": swiglu takes an even N, got w ", describe(a.w));
-  }
-  const std::vector<int64_t> d = {p->m, p->d_columns()};
-  const bool row_scales = is(a.w_scale, f32, {p->n, 1});
-  if (!is(a.x_scale, f32, {1, 1}) || (!row_scales && !is(a.w_scale, f32, {1, 1}))) {
-    return invalid(kName, ": the scale of x, which is 1, must be float32[1,1], that of w the same",
-                   " or float32[", p->n, ",1]; got ", describe(a.x_scale), " and ",
-                   describe(a.w_scale));
-  }
-  if (!to_type(a.bias.element_type(), &p->bias_type) || is_fp8(p->bias_type) ||
-      (!absent(a.bias) && dims(a.bias) != std::vector<int64_t>{p->n})) {
-    return invalid(kName, ": the bias must be (N,) of float32, bfloat16 or float16 for w ",
-                   describe(a.w), ", got ", describe(a.bias));
-  }
-  if (!absent(a.norm) && !is(a.norm, bf16, {p->k})) {
-    return invalid(kName, ": the norm's weight must be bfloat16[", p->k, "], got ",
-                   describe(a.norm));
-  }
-  if (!is(a.d, bf16, d) || (!absent(a.residual) && !is(a.residual, bf16, d))) {
-    return invalid(kName, ": result and residual must be bfloat16", show(d), ", got ",
-                   describe(a.d), " and ", describe(a.residual));
-  }
-  const std::vector<int64_t> scales = {a.quantizes() ? p->m : 0, 1};
-  // A bare product of many rows is the result.
-  const bool has_sums = !a.has_many_rows() || p->swiglu || !absent(a.residual);
-  if (!is(a.multiplied, a.quantizes() ? xffi::DataType::F8E4M3FN : bf16, x) ||
-      !is(a.scales, f32, scales) ||
-      !is(a.sums, a.has_many_rows() ? bf16 : f32, {has_sums ? p->m : 0, p->n})) {
-    return invalid(kName, ": scratch must be bfloat16 for x, or float8_e4m3fn with float32 scales",
-                   " of its rows, and float32 or bfloat16 for the product, got ",
-                   describe(a.multiplied), ", ", describe(a.scales), " and ", describe(a.sums));
-  }
-  if (!absent(a.given) && (!a.quantizes() || !is(a.given, f32, {1, 1}))) {
-    return invalid(kName, ": a static scale must be float32[1,1] and x quantized, got ",
-                   describe(a.given), " and ", describe(a.multiplied));
-  }
-  if (!std::isfinite(a.eps) || a.eps < 0.0f) {
-    return invalid(kName, ": eps must be finite and not negative, got ", a.eps);
-  }
-  const auto pointer = [](const xffi::AnyBuffer& buffer) {
-    return absent(buffer) ? nullptr : static_cast<const __nv_bfloat16*>(buffer.untyped_data());
-  };
-  p->x = {static_cast<const uint8_t*>(a.x.untyped_data()),
-          static_cast<const float*>(a.x_scale.untyped_data()),
-          Type::kBF16,
-          0,
-          0,
-          1,
-          0};
-  p->w = {static_cast<const uint8_t*>(a.w.untyped_data()),
-          static_cast<const float*>(a.w_scale.untyped_data()),
-          Type::kE4M3,
-          row_scales ? 1 : 0,
-          0,
-          1,
-          0};
-  p->bias = absent(a.bias) ? nullptr : a.bias.untyped_data();
-  p->d = a.d.untyped_data();
-  p->d_type = Type::kBF16;
-  p->norm_weight = pointer(a.norm);
-  p->eps = a.eps;
-  p->residual = pointer(a.residual);
-  return xffi::Error::Success();
-}
-
-// The product of what `prepare` makes, and what stands behind it.
-Product prepared(const Product& fused, const Link& a) {
-  Product p = fused;
-  if (a.quantizes() || fused.norm_weight != nullptr) {
-    p.x.data = static_cast<const uint8_t*>(a.multiplied.untyped_data());
-  }
-  if (a.quantizes()) {
-    const bool is_static = !absent(a.given);
-    p.x.scale = static_cast<const float*>((is_static ? a.given : a.scales).untyped_data());
-    p.x.type = Type::kE4M3;
-    p.x.block_rows = is_static ? 0 : 1;
-  }
-  p.norm_weight = nullptr;
-  return p;
-}
-
-// The bare product among the steps.
-Product product_of(const Product& fused, const Link& a) {
-  Product p = prepared(fused, a);
-  const bool has_sums = a.sums.element_count() != 0;
-  if (has_sums) p.d = a.sums.untyped_data();
-  p.d_type = a.has_many_rows() ? Type::kBF16 : Type::kF32;
-  p.fast = a.has_many_rows();
-  p.residual = nullptr;
-  p.swiglu = false;
-  return p;
-}
+constexpr const char* kName = kFusedMatmul;
 
 // The norm and the quantization of x, as far as they are asked for.
 template <typename Normalize, typename Fuse, typename Cast>
@@ -294,7 +117,7 @@ void note_fused(const Product& p, const Link& a, const char* platform, const cha
 
 xffi::Error run_on_cpu(const Link& a) {
   Product p{};
-  if (auto error = make(a, &p); error.failure()) return error;
+  if (auto error = make_product(a, &p); error.failure()) return error;
   note_fused(p, a, "cpu", "naive");
   const ScopedSubnormals subnormals;
   prepare_on_host(p, a);
@@ -338,7 +161,7 @@ xffi::Error run_steps(const Product& fused, const Link& a, const Context& on) {
 // this one's were.
 xffi::Error run_on_cuda(const Link& a, const Link* next, const Context& on, bool* has_codes) {
   Product p{};
-  if (auto error = make(a, &p); error.failure()) return error;
+  if (auto error = make_product(a, &p); error.failure()) return error;
   const bool is_prepared = std::exchange(*has_codes, false);
   if (p.m * p.n == 0) return xffi::Error::Success();
   Product after = prepared(p, a);
@@ -416,7 +239,7 @@ xffi::Error cuda(cudaStream_t stream, int32_t ordinal, xffi::AnyBuffer x, xffi::
     const auto links = make_links(x, x_scale, arguments, results, a);
     if (!links.has_value()) return links.error();
     const Context on{implementation, known, ordinal,
-                     **results.get<xffi::AnyBuffer>(kResults * links->size()), stream};
+                     **results.get<xffi::AnyBuffer>(kLinkResults * links->size()), stream};
     bool has_codes = false;
     return run_links(links, [&](const Link& link, const Link* next) {
       return run_on_cuda(link, next, on, &has_codes);

@@ -354,9 +354,16 @@ def test_what_products_of_few_rows_do_not_take(monkeypatch):
     assert not long.fused_recipe(jnp.zeros((2, 18448), jnp.bfloat16))
     for options in ({"granularity": "tensor"}, {"dtype": jnp.float8_e5m2}, {"power_of_two": True}):
         assert not quantizing(**options).fused_recipe(rows[:2]), options
-    static = Dense(
-        weight, activation=quantizing().activation, input_scale=jnp.ones(()), weight_only_rows=0
-    )
-    assert not static.fused_recipe(rows[:2])
+
+    def static(granularity):
+        options = {"input_scale": jnp.full((), 0.5), "weight_only_rows": 0}
+        return Dense(weight, activation=quantizing(granularity=granularity).activation, **options)
+
+    assert not static("row").fused_recipe(rows[:2])
+    assert static("tensor").fused_recipe(rows[:2]) == "static"
+    assert static("tensor").link(recipe="static").scale == 0.5
+    many = jnp.zeros((dense.FUSED_MANY_ROWS, 8192), jnp.bfloat16)
+    assert quantizing().fused_recipe(many, norm=True) == "rowwise"
+    assert not quantizing().fused_recipe(many[:-1])
     monkeypatch.setattr(dense, "_is_hopper_or_no_gpu", lambda: False)
     assert not quantizing().fused_recipe(rows[:16])

@@ -30,7 +30,7 @@ _MOST_ROWS, _NORM_BYTES = 8, 96 << 10
 #: Quantized, rows of ffi/small_m_hopper.cu. More are those of ffi/large_m_hopper.cu: the columns of
 #: its results come in steps, and its tiles are (rows, columns) of W, as many at once as are best.
 _FEW_ROWS, _COLUMN_STEP = 16, 8
-_TILE, _TILES_AT_ONCE, _LEAST_FILL = (256, 256), 66, 0.85
+_TILE, _TILES_AT_ONCE, _LEAST_FILL = (256, 256), 66, 0.75
 
 
 @dataclasses.dataclass(frozen=True)

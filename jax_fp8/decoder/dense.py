@@ -20,8 +20,9 @@ WEIGHT_ONLY_ROWS, WEIGHT_ONLY_ROWS_OF_BLOCKS = 8, 1
 #: What the kernels of ``jax_fp8.fused_matmul`` take: rows, and bytes of them where there is a norm
 #: of wide activations.
 FUSED_ROWS, FUSED_NORM_BYTES = 8, 96 << 10
-#: Where that is faster than cublasLt's products of quantized activations: rows, and K.
-FUSED_ROWS_QUANTIZED, FUSED_K_QUANTIZED = 16, 18432
+#: Where that is faster than cublasLt's products of quantized activations: rows and K of few, and
+#: from how many rows on.
+FUSED_ROWS_QUANTIZED, FUSED_K_QUANTIZED, FUSED_MANY_ROWS = 16, 18432, 4096
 
 
 class Frozen(nnx.Variable):
@@ -127,21 +128,22 @@ class Dense(nnx.Module):
             fits = rows <= FUSED_ROWS and (not norm or 2 * (rows + 1) * k <= FUSED_NORM_BYTES)
             return "weight_only" if fits else None
         options = self.quantization(x)
-        is_rowwise = (
-            rows <= FUSED_ROWS_QUANTIZED
-            and k <= FUSED_K_QUANTIZED
-            and _is_hopper_or_no_gpu()
-            and options is not None
-            and options["scale"] is None
-            and options["granularity"] == "row"
-            and options["dtype"] == jnp.float8_e4m3fn
-        )
-        return "rowwise" if is_rowwise else None
+        is_few = rows <= FUSED_ROWS_QUANTIZED and k <= FUSED_K_QUANTIZED
+        if (
+            not (is_few or (rows >= FUSED_MANY_ROWS and self.weight.shape[0] % 16 == 0))
+            or not _is_hopper_or_no_gpu()
+            or options is None
+            or options["dtype"] != jnp.float8_e4m3fn
+        ):
+            return None
+        known = {("row", True): "rowwise", ("tensor", False): "static"}
+        return known.get((options["granularity"], options["scale"] is None))
 
-    def link(self, **around: Any) -> jax_fp8.ChainLink:
+    def link(self, *, recipe: str, **around: Any) -> jax_fp8.ChainLink:
         """This product with the norm, activation and residual of a ``jax_fp8.ChainLink``."""
         bias = None if self.bias is None else self.bias[...]
-        return jax_fp8.ChainLink(self.values, bias=bias, **around)
+        scale = self.input_scale[...] if recipe == "static" else None
+        return jax_fp8.ChainLink(self.values, bias=bias, scale=scale, **around)
 
     def _own_quantization(self, x: jax.Array) -> dict[str, Any] | None:
         """Options of ``quantize`` that fused producers do not have; None leaves ``x`` wide."""

@@ -107,7 +107,7 @@ class Block(nnx.Module):
             qkv = stream.qkv
         elif recipe is not None:
             x = x if delta is None else x + delta
-            links = [self.first_link()]
+            links = [self.first_link(recipe)]
             (qkv,) = jax_fp8.fused_chain(x, links, recipe=recipe, one_call=one_call)
         else:
             h, x = norm(x, delta, self.attention_norm[...], c.eps, self.qkv)
@@ -124,12 +124,12 @@ class Block(nnx.Module):
         mlp_norm = self.mlp_norm[...]
         if recipe is not None:
             links = [
-                self.o.link(residual=x),
-                self.gate_up.link(norm=mlp_norm, eps=c.eps, activation="swiglu"),
-                self.down.link(residual=0),
+                self.o.link(recipe=recipe, residual=x),
+                self.gate_up.link(recipe=recipe, norm=mlp_norm, eps=c.eps, activation="swiglu"),
+                self.down.link(recipe=recipe, residual=0),
             ]
             if following is not None and following.fused_recipe(x) == recipe:
-                links.append(following.first_link())
+                links.append(following.first_link(recipe))
             results = jax_fp8.fused_chain(attended, links, recipe=recipe, one_call=one_call)
             _, _, x, *of_next = results
             return Stream(x, qkv=of_next[0] if of_next else None), keys, values
@@ -152,9 +152,9 @@ class Block(nnx.Module):
         found = {*with_norms, self.o.fused_recipe(x), self.down.fused_recipe(x)}
         return found.pop() if len(found) == 1 else None
 
-    def first_link(self) -> jax_fp8.ChainLink:
+    def first_link(self, recipe: str) -> jax_fp8.ChainLink:
         """The first product, with the norm before it."""
-        return self.qkv.link(norm=self.attention_norm[...], eps=self.config.eps)
+        return self.qkv.link(recipe=recipe, norm=self.attention_norm[...], eps=self.config.eps)
 
 
 class Decoder(nnx.Module):
