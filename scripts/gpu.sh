@@ -55,8 +55,8 @@ run_sanitize() {
   local tool what barriers status=0
   : >"$out/sanitize.log"
   for tool in memcheck racecheck initcheck synccheck; do
-    # initcheck does not see what the copy engine writes, which is how decode's Hopper kernel stores
-    # 16-bit results: it reports the copies of those to the host.
+    # initcheck does not see what the copy engine writes, which is how the Hopper kernels of decode and
+    # of fused_matmul's many rows store 16-bit results: it reports the copies of those to the host.
     # cublasLt apart: over its kernels the compute-sanitizer of CUDA 13.0 crashes more often than not,
     # and more often where they run in captured graphs, so XLA makes none here.
     for what in quantize cast_transpose fused fused_matmul small_m decode naive cublaslt; do
@@ -64,7 +64,7 @@ run_sanitize() {
       barriers=()
       case $tool-$what in
         racecheck-small_m | racecheck-decode | racecheck-cublaslt | \
-          synccheck-small_m | synccheck-decode | synccheck-cublaslt)
+          synccheck-small_m | synccheck-decode | synccheck-cublaslt | synccheck-fused_matmul)
           barriers=(--num-cuda-barriers 20000) ;;
       esac
       # The platform's allocator makes one allocation of each buffer, so that an access beyond a
