@@ -81,8 +81,8 @@ cudaError_t prepare_on_device(const Product& p, const Link& a, cudaStream_t stre
 std::string refusal_quantized(const Product& p, const Link& a, int capability) {
   if (a.has_many_rows()) {
     if (large_m_hopper_supports(p, capability)) return "";
-    return "quantized, with many rows, it takes K in steps of 16 and columns in steps of 8, with "
-           "compute capability 9.0";
+    return "quantized, with many rows, it takes K in steps of 16, columns in steps of 8 and arrays "
+           "that start at multiples of 16 bytes, with compute capability 9.0";
   }
   const std::string reason = small_m_refusal(p, capability);
   if (!reason.empty() || small_m_hopper_supports(p, capability)) return reason;
@@ -102,17 +102,21 @@ std::string refusal(const Product& p, int capability) {
   return reason;
 }
 
-void note_fused(const Product& p, const Link& a, const char* platform, const char* implementation) {
-  note({{"operation", "fused_matmul"},
-        {"implementation", implementation},
-        {"platform", platform},
-        {"shape", std::vector<int64_t>{1, p.m, p.n, p.k}},
-        {"dtypes",
-         std::vector<std::string>{type_name(p.x.type), type_name(p.w.type), type_name(p.d_type)}},
-        {"granularity", granularity_name(p.w.block_rows, p.w.block_cols)},
-        {"parts", join(p.norm_weight != nullptr ? "norm, " : "", a.quantizes() ? "quantize, " : "",
-                       "product", p.bias != nullptr ? ", bias" : "", p.swiglu ? ", swiglu" : "",
-                       p.residual != nullptr ? ", residual" : "")}});
+void note_fused(const Product& p, const Link& a, const char* platform, const char* implementation,
+                const std::string& algorithm = "") {
+  Entry entry = {
+      {"operation", "fused_matmul"},
+      {"implementation", implementation},
+      {"platform", platform},
+      {"shape", std::vector<int64_t>{1, p.m, p.n, p.k}},
+      {"dtypes",
+       std::vector<std::string>{type_name(p.x.type), type_name(p.w.type), type_name(p.d_type)}},
+      {"granularity", granularity_name(p.w.block_rows, p.w.block_cols)},
+      {"parts", join(p.norm_weight != nullptr ? "norm, " : "", a.quantizes() ? "quantize, " : "",
+                     "product", p.bias != nullptr ? ", bias" : "", p.swiglu ? ", swiglu" : "",
+                     p.residual != nullptr ? ", residual" : "")}};
+  if (!algorithm.empty()) entry["algorithm"] = algorithm;
+  note(std::move(entry));
 }
 
 xffi::Error run_on_cpu(const Link& a) {
@@ -138,8 +142,8 @@ struct Context {
 xffi::Error run_steps(const Product& fused, const Link& a, const Context& on) {
   const Product p = product_of(fused, a);
   bool is_done = false;
+  lt::Ran ran;
   if (a.has_many_rows() && on.capability >= 89) {
-    lt::Ran ran;
     const auto size = static_cast<int64_t>(on.workspace.element_count());
     const lt::Result result = lt::run(
         {&p, on.capability, on.ordinal, on.workspace.untyped_data(), size, on.stream}, &ran);
@@ -153,6 +157,7 @@ xffi::Error run_steps(const Product& fused, const Link& a, const Context& on) {
     const cudaError_t error = decodes ? decode_matmul(p, on.stream) : naive_device(p, on.stream);
     if (error != cudaSuccess) return from_cuda(kName, error);
   }
+  note_fused(fused, a, "cuda", "steps", ran.algorithm);
   if (a.sums.element_count() == 0) return xffi::Error::Success();
   return from_cuda(kName, finish_device(fused, p.d, p.d_type, on.stream));
 }
@@ -182,10 +187,7 @@ xffi::Error run_on_cuda(const Link& a, const Link* next, const Context& on, bool
     const cudaError_t error = prepare_on_device(p, a, on.stream);
     if (error != cudaSuccess) return from_cuda(kName, error);
   }
-  if (!in_one) {
-    note_fused(p, a, "cuda", "steps");
-    return run_steps(p, a, on);
-  }
+  if (!in_one) return run_steps(p, a, on);
   if (!a.has_many_rows()) {
     note_fused(p, a, "cuda", "small_m");
     return from_cuda(kName, small_m_hopper(after, on.stream, true));
@@ -202,6 +204,10 @@ xffi::Error run_on_cuda(const Link& a, const Link* next, const Context& on, bool
 template <typename Run>
 xffi::Error run_links(const xffi::ErrorOr<std::vector<Link>>& links, Run run) {
   if (!links.has_value()) return links.error();
+  for (const Link& link : *links) {  // One may write what is another's.
+    Product p{};
+    if (auto error = make_product(link, &p); error.failure()) return error;
+  }
   const Link* const end = links->data() + links->size();
   for (const Link* link = links->data(); link != end; ++link) {
     if (auto error = run(*link, link + 1 == end ? nullptr : link + 1); error.failure()) {

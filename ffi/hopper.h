@@ -264,12 +264,15 @@ __device__ inline void multiply_codes(float (&d)[128], uint64_t a, uint64_t b, b
       "{\n"
       ".reg .pred p;\n"
       "setp.ne.b32 p, %130, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k32.f32.e4m3.e4m3"
-      " {" TEN_NAMES() TEN_NAMES(1) TEN_NAMES(2) TEN_NAMES(3) TEN_NAMES(4) TEN_NAMES(5) TEN_NAMES(6) TEN_NAMES(7) TEN_NAMES(8) TEN_NAMES(9) TEN_NAMES(10)
-          TEN_NAMES(11) "%120, %121, %122, %123, %124, %125, %126, %127}, %128, %129, p, 1, 1;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k32.f32.e4m3.e4m3 {"
+      TEN_NAMES() TEN_NAMES(1) TEN_NAMES(2) TEN_NAMES(3) TEN_NAMES(4) TEN_NAMES(5)
+      TEN_NAMES(6) TEN_NAMES(7) TEN_NAMES(8) TEN_NAMES(9) TEN_NAMES(10) TEN_NAMES(11)
+      "%120, %121, %122, %123, %124, %125, %126, %127}, %128, %129, p, 1, 1;\n"
       "}"
-      : TEN_SUMS(), TEN_SUMS(1), TEN_SUMS(2), TEN_SUMS(3), TEN_SUMS(4), TEN_SUMS(5), TEN_SUMS(6), TEN_SUMS(7), TEN_SUMS(8), TEN_SUMS(9), TEN_SUMS(10), TEN_SUMS(11), "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]),
-             "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
+      : TEN_SUMS(), TEN_SUMS(1), TEN_SUMS(2), TEN_SUMS(3), TEN_SUMS(4), TEN_SUMS(5), TEN_SUMS(6),
+        TEN_SUMS(7), TEN_SUMS(8), TEN_SUMS(9), TEN_SUMS(10), TEN_SUMS(11), "+f"(d[120]),
+        "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]),
+        "+f"(d[127])
       : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 }
 

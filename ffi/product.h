@@ -58,7 +58,7 @@ struct Product {
   float* amax;                     // Likewise.
   bool fast;                       // Accumulation.
 
-  // What fused_matmul.h puts around a product of bfloat16 X and D; null and false elsewhere.
+  // What fused_matmul.h puts around a product, with D in bfloat16; null and false elsewhere.
   const __nv_bfloat16* norm_weight;  // (k,), of an RMSNorm of X, or null.
   float eps;                         // Of the norm.
   bool swiglu;                    // D is (m, n / 2): silu of the first columns, times the others.

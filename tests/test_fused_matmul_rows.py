@@ -160,6 +160,22 @@ def test_a_chain_is_the_separate_calls(implementation, recipe, rng, m):
             ref.assert_same_bits(got, one)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("parts", [("residual",), ("swiglu",), ("swiglu", "bias", "residual")])
+def test_codes_of_many_tiles(rng, parts):
+    """Of several tiles for each thread block, whose residuals take the place of what has left."""
+    x, w, around = operands(rng, 2304, 8192, 272, parts)
+    k = 4096 if "swiglu" in parts else 8192
+    _, narrow, _ = operands(rng, 1, 64, k, ())
+    links = [Link(w, **around, scale=SCALE), Link(narrow, scale=SCALE)]
+    options = {"recipe": "static", "implementation": "kernel"}
+    for _ in range(3):
+        found = jax_fp8.fused_chain(x, links, **options)
+        want = jax_fp8.fused_chain(x, links, one_call=False, **options)
+        for got, one in zip(found, want, strict=True):
+            ref.assert_same_bits(got, one)
+
+
 @pytest.mark.parametrize("of", ["x", "scale"])
 def test_vmap_is_a_loop(implementation, rng, of):
     x, w, around = operands(rng, 9, 48, 64, ("norm", "bias"))
@@ -197,6 +213,31 @@ def test_one_kernel_behind_the_quantization_is_the_default(rng, recipe):
     (found,) = ran(x, w, **around, **options_of(recipe, None))
     assert found["implementation"] == "large_m"
     assert found["parts"] == "norm, quantize, product, swiglu, residual"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("of", ["w", "residual"])
+@pytest.mark.parametrize("offset", [1, 8, 16])
+def test_parts_of_larger_buffers(rng, offset, of):
+    """What does not start at a multiple of 16 bytes goes in steps, unless XLA copies it."""
+    x, w, around = operands(rng, 1024, 8192, 272, ("residual",))
+    part = w.data if of == "w" else around["residual"]
+    flat = jnp.concatenate([jnp.zeros(offset, part.dtype), part.reshape(-1)])
+
+    @jax.jit
+    def run(flat):
+        found = flat[offset:].reshape(part.shape)
+        multiplied = scaled(found, w.scale, "row") if of == "w" else w
+        residual = around["residual"] if of == "w" else found
+        return jax_fp8.fused_matmul(x, multiplied, residual=residual, recipe="rowwise")
+
+    jax_fp8.clear_plans()
+    got = np.asarray(run(flat))
+    found = {p["implementation"] for p in jax_fp8.plans() if p["operation"] == "fused_matmul"}
+    assert found in ({"large_m"}, {"steps"})
+    assert found == {"large_m"} or offset * part.dtype.itemsize % 16
+    made = expected(x, w, multiplied=quantized(x), is_rounded=True, **around)
+    ref.assert_close(got, *made)
 
 
 @pytest.mark.gpu

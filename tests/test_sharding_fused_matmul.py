@@ -58,6 +58,39 @@ def test_values_and_what_moves(kind):
 
 
 @KINDS
+def test_a_scale_that_is_given(kind):
+    """It is that of every part of a row, so that K may be divided."""
+    check(
+        """
+from around_cases import expected, operands, quantized
+
+x, w, around = operands(rng, 8, 64, 1024, ("bias", "residual"))
+scale = jnp.float32(2.0**-7)
+
+def run(x, w, around, scale):
+    return jax_fp8.fused_matmul(x, w, **around, recipe="static", scale=scale)
+
+y, error = expected(x, w, multiplied=quantized(x, scale=scale), **around)
+for of_x, of_w, sums in (
+    (("a", None), (None, None), {}),
+    ((None, None), ("b", None), {}),
+    (("a", "b"), (None, "b"), {"all-reduce f32": 1}),
+):
+    weights = jax_fp8.ScaledArray(
+        put(w.data, mesh, *of_w), put(w.scale, mesh, of_w[0]), w.granularity
+    )
+    lies = {"bias": of_w[:1], "residual": (of_x[0], of_w[0])}
+    with jax.set_mesh(mesh):
+        placed = {name: put(array, mesh, *lies[name]) for name, array in around.items()}
+        placed = put(x, mesh, *of_x), weights, placed, put(scale, mesh)
+        assert counted(run, *placed) == sums, (of_x, of_w)
+        ref.assert_close(jax.jit(run)(*placed), y, error)
+""",
+        kind,
+    )
+
+
+@KINDS
 def test_rows_with_scales(kind):
     """A row that gets a scale is whole: where K is divided, x and w are brought together."""
     check(

@@ -35,16 +35,19 @@ def fused_matmul(
     As ``matmul`` between an RMSNorm, a SwiGLU and an addition, each where it is asked for. On
     Hopper, for what ``implementation`` says below, few rows take little longer than reading ``w``:
     with ``"weight_only"`` it is one kernel; else a quantization, beside which the product already
-    reads weights, and that product with the rest in it. Many rows take as long as their
-    quantization and the bare product, which does the rest while it multiplies. Elsewhere it is a
-    norm, the product and the rest, one after the other.
+    reads weights, and that product with the rest in it. Many rows take little longer than their
+    quantization and the bare product, which does the rest while it multiplies; with fewer than some
+    2,000 separate calls may be as fast. Elsewhere it is a norm, the product and the rest, one after
+    the other.
 
     With ``"weight_only"`` the activations stay in 16 bits. The norm's values are those of
     ``rms_norm_quantize``, rounded to ``x``'s dtype; the one kernel rounds ``x * norm`` in their
     place, and divides the sums by the RMS. With ``"rowwise"`` they, or ``x``, go to E4M3 with a
     scale of each row, as ``rms_norm_quantize`` and ``quantize`` do it, and with ``"static"`` with
-    the scale that is given. After the product all is float32 until the result; but that with more
-    than sixteen rows in E4M3 the kernel accumulates fast, and rounds the sums to bfloat16 once.
+    the scale that is given. After the product all is float32 until the result; but that bfloat16 of
+    more than sixteen rows in E4M3 is accumulated fast, and the sums are rounded to it as well (the
+    kernel does so before it multiplies them by their scales, which must leave them in the range of
+    float32).
 
     Args:
       x: ``(..., K)``; bfloat16 or float16.
@@ -71,7 +74,7 @@ def fused_matmul(
       TypeError: for a ``w`` that is no ScaledArray, other dtypes than the above, or an ``eps`` that
         is no plain number.
       ValueError: for shapes that do not fit, an ``eps`` that is negative or not finite, an unknown
-        activation, recipe or implementation.
+        activation, recipe or implementation, or a scale that the recipe does not take or lacks.
       NotImplementedError: for what ``"kernel"`` cannot do on any device, and under
         differentiation.
       jax.errors.JaxRuntimeError: for what ``"kernel"`` cannot do on this device.

@@ -28,7 +28,7 @@ from jax_fp8._src.undifferentiable import undifferentiable
 #: norm's x.
 _MOST_ROWS, _NORM_BYTES = 8, 96 << 10
 #: Quantized, rows of ffi/small_m_hopper.cu. More are those of ffi/large_m_hopper.cu: the columns of
-#: its results come in steps, and its tiles are (rows, columns) of W, as many at once as are best.
+#: its results come in steps. Two of an H100's 132 multiprocessors have a tile of (rows, rows of W).
 _FEW_ROWS, _COLUMN_STEP = 16, 8
 _TILE, _TILES_AT_ONCE, _LEAST_FILL = (256, 256), 66, 0.75
 
@@ -49,6 +49,10 @@ class AroundConfig:
     implementation: str | None
     #: As of a CallConfig.
     capability: int = 0
+
+    def has_many_rows(self, x: jax.Array) -> bool:
+        """Whether sums are added up fast and rounded to bfloat16, where they are of that dtype."""
+        return self.quantizes and math.prod(x.shape[:-1]) > _FEW_ROWS
 
     @property
     def sums(self) -> CallConfig:
@@ -135,7 +139,7 @@ def kernel(
         x.reshape(rows, x.shape[-1]),
         links,
         quantizes=configs[0].quantizes,
-        many_rows=configs[0].quantizes and rows > _FEW_ROWS,
+        many_rows=configs[0].has_many_rows(x),
         implementation=configs[0].implementation or "",
         capability=configs[0].capability,
     )
@@ -183,7 +187,11 @@ def steps(
         factor = reciprocal_rms(wide, config.eps, across)
         h = (wide * norm.astype(jnp.float32) * factor).astype(x.dtype)
     placeholder = jnp.ones((1,), jnp.float32)
-    y, _ = on_device(config.sums, h, scale, w, w_scale, placeholder, placeholder)
+    sums = config.sums
+    if config.has_many_rows(x) and x.dtype == jnp.bfloat16 and not (across or gathered):
+        sums = dataclasses.replace(sums, out_dtype=x.dtype, fast=True)
+    y, _ = on_device(sums, h, scale, w, w_scale, placeholder, placeholder)
+    y = y.astype(jnp.float32)
     if across:
         y = lax.psum(y, across)
     if config.has_bias:
@@ -245,7 +253,8 @@ def _rule(config: AroundConfig, *operands: jax.Array) -> Rule:
     )
     if config.activation == "swiglu" and (named or 4 * math.prod(x.shape[:-1]) > x.shape[-1]):
         rule = rule.without("n")
-    return rule.without(summed_factors(sums)[0]) if named or config.quantizes else rule
+    needs_rows = config.quantizes and (config.has_norm or not config.static)
+    return rule.without(summed_factors(sums)[0]) if named or needs_rows else rule
 
 
 @functools.cache

@@ -221,7 +221,7 @@ def fuse(parts: Sequence[Dense]) -> Dense | Parallel:
 
 
 def _is_hopper_or_no_gpu() -> bool:
-    """Other GPUs have no kernel of the library's own for few rows in FP8, but cublasLt's."""
+    """Other GPUs have no products of the library's own in FP8, but cublasLt's."""
     return str(getattr(jax.devices()[0], "compute_capability", "9.0")).startswith("9.")
 
 

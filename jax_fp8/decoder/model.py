@@ -102,7 +102,7 @@ class Block(nnx.Module):
           (stream, keys, values).
         """
         c, x, delta, dtype = self.config, stream.x, stream.delta, stream.x.dtype
-        recipe = self.fused_recipe(x)
+        recipe = self.fused_recipe(x, one_call)
         if stream.qkv is not None:
             qkv = stream.qkv
         elif recipe is not None:
@@ -128,7 +128,7 @@ class Block(nnx.Module):
                 self.gate_up.link(recipe=recipe, norm=mlp_norm, eps=c.eps, activation="swiglu"),
                 self.down.link(recipe=recipe, residual=0),
             ]
-            if following is not None and following.fused_recipe(x) == recipe:
+            if following is not None and following.fused_recipe(x, one_call) == recipe:
                 links.append(following.first_link(recipe))
             results = jax_fp8.fused_chain(attended, links, recipe=recipe, one_call=one_call)
             _, _, x, *of_next = results
@@ -143,14 +143,16 @@ class Block(nnx.Module):
             delta = self.down(jax_fp8.swiglu_quantize(gate_up, **options), dtype)
         return Stream(x, delta), keys, values
 
-    def fused_recipe(self, x: jax.Array) -> str | None:
+    def fused_recipe(self, x: jax.Array, one_call: bool = True) -> str | None:
         """The one by which ``jax_fp8.fused_chain`` takes all products, of as many rows as ``x``.
 
-        None where there is no such one.
+        None where there is no such one; and where a mesh may divide the weights (no ``one_call``)
+        and rows are quantized, which would be brought together for that, with the weights.
         """
         with_norms = (product.fused_recipe(x, norm=True) for product in (self.qkv, self.gate_up))
         found = {*with_norms, self.o.fused_recipe(x), self.down.fused_recipe(x)}
-        return found.pop() if len(found) == 1 else None
+        recipe = found.pop() if len(found) == 1 else None
+        return recipe if one_call or recipe == "weight_only" else None
 
     def first_link(self, recipe: str) -> jax_fp8.ChainLink:
         """The first product, with the norm before it."""
@@ -195,8 +197,8 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         """What the head reads, ``(B, T, width)``, for the tokens ``(B, T)`` after those cached.
 
-        With ``one_call``, products of few rows that follow one another are one call, which takes
-        weights that no mesh divides; as of ``jax_fp8.fused_chain``.
+        With ``one_call``, products that follow one another are one call where that is faster, which
+        takes weights that no mesh divides; as of ``jax_fp8.fused_chain``.
         """
         stream = Stream(self.embedding[...][tokens])
         rotation = self.config.rope.rotation(at.positions, self.config.head_dim, at.after)
