@@ -310,7 +310,8 @@ def test_products_of_few_rows_have_their_neighbours_in_them(family, recipe, para
     assert [b.fused_recipe(few) for b in model.blocks] == [recipe if f else None for f in fuses]
     assert model.blocks[-1].fused_recipe(many) is None
     # In several calls rows that are quantized would be brought together, where a mesh divides them.
-    assert bool(model.blocks[parallel == 0].fused_recipe(few, False)) == (recipe == "weight_only")
+    apart = [recipe if f and recipe == "weight_only" else None for f in fuses]
+    assert [b.fused_recipe(few, one_call=False) for b in model.blocks] == apart
     for one_call in (False, True) if recipe == "weight_only" else (True,):
         with pytest.MonkeyPatch.context() as patch:
             counts, run = [], jax_fp8.fused_chain
@@ -330,6 +331,27 @@ def test_products_of_few_rows_have_their_neighbours_in_them(family, recipe, para
         # Another rounding to bfloat16 may be another one to FP8.
         bound = 0.02 if recipe == "weight_only" else 0.06
         assert np.linalg.norm(found - want) < bound * np.linalg.norm(want)
+
+
+def test_products_of_many_rows_have_their_neighbours_in_them(monkeypatch):
+    given = cases.config("llama")
+    options = {"recipe": "rowwise", "dtype": jnp.bfloat16, "weight_only_rows": 0}
+    model, texts = stored(given, cases.tensors(given), **options), tokens_of((4, 12))
+    want = logits(model, texts, one_call=True).astype(np.float32)
+    counts, run = [], jax_fp8.fused_chain
+
+    def chain(x, links, **options):
+        counts.append(len(links))
+        return run(x, links, **options)
+
+    monkeypatch.setattr(jax_fp8, "fused_chain", chain)
+    monkeypatch.setattr(dense, "FUSED_MANY_ROWS", 48)
+    logits(model, texts)  # In several calls it is not taken.
+    assert not counts
+    found = logits(model, texts, one_call=True).astype(np.float32)
+    assert counts == [1, *[4] * (len(model.blocks) - 1), 3]
+    assert not np.array_equal(found, want)
+    assert np.linalg.norm(found - want) < 0.06 * np.linalg.norm(want)
 
 
 def test_what_products_of_few_rows_do_not_take(monkeypatch):
