@@ -200,6 +200,7 @@ xffi::Error run_on_cuda(const Link& a, const Link* next, const Context& on, bool
   note_fused(p, a, "cuda", "large_m");
   return from_cuda(kName, large_m_hopper(after, on.stream));
 }
+
 // Runs one link after the other, each told which one is behind it.
 template <typename Run>
 xffi::Error run_links(const xffi::ErrorOr<std::vector<Link>>& links, Run run) {
