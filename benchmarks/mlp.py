@@ -117,7 +117,7 @@ VARIANTS: dict[str, tuple[str, operands.Prepare, Callable[..., State]]] = {
 }
 
 
-#: The variants that are in two products, and the rows that their kernels are best for.
+#: The variants that are in two products, and the rows for which they are taken.
 AROUND: dict[str, Callable[[int], bool]] = {
     "around": lambda m: m <= 8,
     "rowwise_around": lambda m: m <= 16 or m >= 1024,

@@ -180,16 +180,6 @@ __device__ void produce(const Maps& maps, const Tiles& tiles, uint32_t shared, i
   }
 }
 
-__device__ inline uint32_t pack(Type type, float low, float high) {
-  uint32_t packed;
-  if (type == Type::kBF16) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  }
-  return packed;
-}
-
 // Adds up the sums of the depth groups in those of the first, always in the same order. `out` is
 // free when all have met: the first thread has waited for the copy of the tile before.
 template <class S>

@@ -5,6 +5,7 @@
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "ffi/checks.h"
 #include "ffi/cublaslt.h"
@@ -119,9 +120,7 @@ void note_fused(const Product& p, const Link& a, const char* platform, const cha
   note(std::move(entry));
 }
 
-xffi::Error run_on_cpu(const Link& a) {
-  Product p{};
-  if (auto error = make_product(a, &p); error.failure()) return error;
+xffi::Error run_on_cpu(const Link& a, const Product& p) {
   note_fused(p, a, "cpu", "naive");
   const ScopedSubnormals subnormals;
   prepare_on_host(p, a);
@@ -164,9 +163,8 @@ xffi::Error run_steps(const Product& fused, const Link& a, const Context& on) {
 
 // `next` is the link behind it, or null. Sets whether its codes were written, and reads whether
 // this one's were.
-xffi::Error run_on_cuda(const Link& a, const Link* next, const Context& on, bool* has_codes) {
-  Product p{};
-  if (auto error = make_product(a, &p); error.failure()) return error;
+xffi::Error run_on_cuda(const Link& a, const Product& p, const Link* next, const Context& on,
+                        bool* has_codes) {
   const bool is_prepared = std::exchange(*has_codes, false);
   if (p.m * p.n == 0) return xffi::Error::Success();
   Product after = prepared(p, a);
@@ -201,19 +199,19 @@ xffi::Error run_on_cuda(const Link& a, const Link* next, const Context& on, bool
   return from_cuda(kName, large_m_hopper(after, on.stream));
 }
 
-// Runs one link after the other, each told which one is behind it.
+// Runs one link after the other, each told which one is behind it. All are checked before, as one
+// may write what is another's.
 template <typename Run>
 xffi::Error run_links(const xffi::ErrorOr<std::vector<Link>>& links, Run run) {
   if (!links.has_value()) return links.error();
-  for (const Link& link : *links) {  // One may write what is another's.
-    Product p{};
-    if (auto error = make_product(link, &p); error.failure()) return error;
+  const size_t count = links->size();
+  std::vector<Product> products(count);
+  for (size_t i = 0; i < count; ++i) {
+    if (auto error = make_product((*links)[i], &products[i]); error.failure()) return error;
   }
-  const Link* const end = links->data() + links->size();
-  for (const Link* link = links->data(); link != end; ++link) {
-    if (auto error = run(*link, link + 1 == end ? nullptr : link + 1); error.failure()) {
-      return error;
-    }
+  for (size_t i = 0; i < count; ++i) {
+    const Link* const next = i + 1 < count ? &(*links)[i + 1] : nullptr;
+    if (auto error = run((*links)[i], products[i], next); error.failure()) return error;
   }
   return xffi::Error::Success();
 }
@@ -225,7 +223,9 @@ xffi::Error cpu(xffi::AnyBuffer x, xffi::AnyBuffer x_scale, xffi::RemainingArgs 
   return guarded(kName, [&] {
     const Attributes a{eps, swiglu, added};
     return run_links(make_links(x, x_scale, arguments, results, a),
-                     [](const Link& link, const Link*) { return run_on_cpu(link); });
+                     [](const Link& link, const Product& product, const Link*) {
+                       return run_on_cpu(link, product);
+                     });
   });
 }
 
@@ -248,8 +248,8 @@ xffi::Error cuda(cudaStream_t stream, int32_t ordinal, xffi::AnyBuffer x, xffi::
     const Context on{implementation, known, ordinal,
                      **results.get<xffi::AnyBuffer>(kLinkResults * links->size()), stream};
     bool has_codes = false;
-    return run_links(links, [&](const Link& link, const Link* next) {
-      return run_on_cuda(link, next, on, &has_codes);
+    return run_links(links, [&](const Link& link, const Product& product, const Link* next) {
+      return run_on_cuda(link, product, next, on, &has_codes);
     });
   });
 }

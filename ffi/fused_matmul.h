@@ -1,11 +1,12 @@
-// A product of few rows with what stands around it in a transformer, without a batch, W in E4M3
+// A product with what stands around it in a transformer, without a batch, W in E4M3
 // with tensor or row scales, and all else in bfloat16:
 //
 //   D = residual + swiglu(rms_norm(X) W^T + bias)
 //
 // gemv.h has it as one kernel, which multiplies X by the norm's weight in bfloat16, and the sums by
 // 1 / RMS. Or the normalized X is quantized to E4M3 with scales of its rows: small_m_hopper.h has
-// all behind that, and reads W while the quantization runs. Here are the steps before and after a
+// all behind that for few rows, and reads W while the quantization runs, large_m_hopper.h for many;
+// X may be quantized with one scale that is given, too. Here are the steps before and after a
 // bare product, for where neither runs: what they round to bfloat16 is the normalized X.
 #pragma once
 

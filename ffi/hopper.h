@@ -281,6 +281,17 @@ __device__ inline void multiply_codes(float (&d)[128], uint64_t a, uint64_t b, b
 #undef TEN_SUMS
 #undef TEN_NAMES
 
+// Two values of a 16-bit type, `low` in the lower half.
+__device__ inline uint32_t pack(Type type, float low, float high) {
+  uint32_t packed;
+  if (type == Type::kBF16) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  }
+  return packed;
+}
+
 // Four 8x8 matrices of 16-bit elements to shared memory, each transposed: the address is that of
 // row lane % 8 of the transposed matrix lane / 8.
 __device__ inline void store_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c,

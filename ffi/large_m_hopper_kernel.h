@@ -92,11 +92,6 @@ __device__ void produce(const Product& p, const Maps& maps, const Tiles& tiles, 
   }
 }
 
-__device__ uint32_t pack(float low, float high) {
-  uint32_t packed;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  return packed;
-}
 __device__ float2 unpack(uint32_t pair) {
   return {bits_float(pair << 16), bits_float(pair & 0xffff0000u)};
 }
@@ -190,7 +185,8 @@ struct Finish {
       for (int part = 0; part < kOuts; ++part) fetch_residual(part);
     }
 #pragma unroll
-    for (int i = 0; i < kWRows / 4; ++i) sums[i] = pack(d[2 * i], d[2 * i + 1]);
+    for (int i = 0; i < kWRows / 4; ++i)
+      sums[i] = hopper::pack(Type::kBF16, d[2 * i], d[2 * i + 1]);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       x_scales[i] = next.of_x[i];
@@ -263,7 +259,7 @@ struct Finish {
           const float2 more = unpack(load_word(address));
           value.x += more.x, value.y += more.y;
         }
-        store_word(address, pack(value.x, value.y));
+        store_word(address, hopper::pack(Type::kBF16, value.x, value.y));
       }
     }
     if (group % kGroupsOfPart == kGroupsOfPart - 1) {

@@ -129,8 +129,10 @@ class Dense(nnx.Module):
             return "weight_only" if fits else None
         options = self.quantization(x)
         is_few = rows <= FUSED_ROWS_QUANTIZED and k <= FUSED_K_QUANTIZED
+        # Columns of results come in steps of eight, and a SwiGLU halves them.
+        is_many = rows >= FUSED_MANY_ROWS and self.weight.shape[0] % 16 == 0
         if (
-            not (is_few or (rows >= FUSED_MANY_ROWS and self.weight.shape[0] % 16 == 0))
+            not (is_few or is_many)
             or not _is_hopper_or_no_gpu()
             or options is None
             or options["dtype"] != jnp.float8_e4m3fn
