@@ -20,6 +20,8 @@ import jax_fp8
 from jax_fp8 import checkpoint, decoder
 from jax_fp8.decoder.dense import Dense, Parallel, fuse
 
+pytestmark = pytest.mark.ends
+
 RECIPES = ("tensorwise", "rowwise", "blockwise", "weight_only")
 
 

@@ -18,6 +18,8 @@ from jax_fp8.__main__ import main
 from jax_fp8.decoder import dense, measure
 from jax_fp8.decoder.dense import Dense, Parallel
 
+pytestmark = pytest.mark.ends
+
 LOGITS = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]], jnp.float32))
 
 

@@ -14,6 +14,8 @@ from jax.test_util import check_grads
 
 import jax_fp8
 
+pytestmark = pytest.mark.ends
+
 POWERS = jax_fp8.named_recipe("tensorwise", power_of_two=True)
 FLAX = (((1,), (0,)), ((), ()))
 

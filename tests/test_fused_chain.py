@@ -14,6 +14,8 @@ import jax_fp8
 from jax_fp8 import ChainLink as Link
 from jax_fp8._src import ffi
 
+pytestmark = pytest.mark.ends
+
 
 @pytest.fixture
 def implementation(quantizer):

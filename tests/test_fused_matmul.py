@@ -10,6 +10,8 @@ from cases import on_gpu, scaled
 
 import jax_fp8
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def implementation(quantizer):

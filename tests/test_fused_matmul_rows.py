@@ -11,6 +11,8 @@ from cases import on_gpu, scaled
 import jax_fp8
 from jax_fp8 import ChainLink as Link
 
+pytestmark = pytest.mark.slow
+
 #: Of what is multiplied here, so that little of it saturates.
 SCALE = 2.0**-7
 

@@ -10,6 +10,8 @@ from cases import sample
 
 import jax_fp8
 
+pytestmark = pytest.mark.ends
+
 RECIPES = ("tensorwise", "rowwise", "blockwise", "static", "delayed")
 
 
