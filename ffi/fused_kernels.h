@@ -256,17 +256,6 @@ __device__ inline void shift_and_scale(const Fused& f, int64_t index, int count,
   }
 }
 
-// The same with weights that are there already.
-template <Type type>
-__device__ inline void shift_and_scale(const Pack<type, kWidth>& weights,
-                                       const Pack<type, kWidth>& biases, float mean, float factor,
-                                       float (&values)[kWidth]) {
-#pragma unroll
-  for (int e = 0; e < kWidth; ++e) {
-    values[e] = __fmaf_rn(__fmul_rn(values[e] - mean, weights[e]), factor, biases[e]);
-  }
-}
-
 template <typename Producer>
 __device__ inline float pack_moment(const float (&values)[kWidth], float mean, int count) {
   const auto term = [&](int e) {

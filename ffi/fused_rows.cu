@@ -170,16 +170,19 @@ bool run(const Fused& f, Pass pass, cudaStream_t stream, cudaError_t* error) {
   };
   // Of float32 there are twice the bytes to wait for: instructions count less.
   if constexpr (in != Type::kF32) {
+    // LayerNorm has two sums, which four packs a thread share.
+    constexpr int usual = Producer::kCentered && !Producer::kResidual ? 4 : 2;
+    const Spread spread = spread_of(f, whole_rows, usual);
+    if (pass != Pass::kTwice && is_regular<in>(f, spread) && fits(spread)) {
+      *error = launch_regular<Producer, in, usual>(f, pass, spread, stream);
+      return true;
+    }
+  }
+  if constexpr (in == Type::kBF16) {  // What models have: each type more is a megabyte of kernels.
     const Spread spread = spread_of(f, whole_rows, 2);
-    if (is_regular<in>(f, spread) && fits(spread)) {
-      if (pass != Pass::kTwice) {
-        *error = launch_regular<Producer, in, 2>(f, pass, spread, stream);
-        return true;
-      }
-      if constexpr (in == Type::kBF16) {  // What models have: each type more is a megabyte.
-        *error = launch_tensor<Producer, in, 2>(f, spread, stream);
-        if (*error != cudaErrorNotSupported) return true;
-      }
+    if (pass == Pass::kTwice && is_regular<in>(f, spread) && fits(spread)) {
+      *error = launch_tensor<Producer, in, 2>(f, spread, stream);
+      if (*error != cudaErrorNotSupported) return true;
     }
   }
   // As many as fit into the registers of a thread, for rows as long as can be.

@@ -100,17 +100,6 @@ __device__ __forceinline__ void run_rows(const Fused& f, Pass asked,
   if (is_row(row)) fetch(at);
   let_follow();  // Not before: what follows would read ahead of these.
 
-  // A thread has the same columns in each of its rows.
-  constexpr bool holds = regular && Producer::kCentered && !of_tensor;
-  [[maybe_unused]] Pack<in, kWidth> weights[packs], biases[packs];
-  if constexpr (holds) {
-#pragma unroll
-    for (int p = 0; p < packs; ++p) {
-      weights[p].load(static_cast<const T*>(f.weight) + column + p * reach);
-      biases[p].load(static_cast<const T*>(f.bias) + column + p * reach);
-    }
-  }
-
   // All amaxes begin at zero. That this is so is not waited for before the first one is known.
   const auto grid = cooperative_groups::this_grid();
   cooperative_groups::grid_group::arrival_token zeroed{};
@@ -218,12 +207,7 @@ __device__ __forceinline__ void run_rows(const Fused& f, Pass asked,
 #pragma unroll
         for (int p = 0; p < packs; ++p) {
           if (!has(p)) continue;
-          if constexpr (holds) {
-            shift_and_scale(weights[p], biases[p], 0.0f, factor, values[p]);
-          } else {
-            shift_and_scale<true, regular, in>(f, place + p * reach, kWidth, 0.0f, factor,
-                                               values[p]);
-          }
+          shift_and_scale<true, regular, in>(f, place + p * reach, kWidth, 0.0f, factor, values[p]);
         }
         if constexpr (known != Pass::kAmax) factor = 1.0f;
       }
