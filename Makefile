@@ -104,8 +104,8 @@ TAG_3.13 := cp312-abi3
 LEAVE_OUT ?=
 FOUND = $(foreach v,$(filter-out $(LEAVE_OUT),3.11 3.12 3.13),$(if $(shell python$(v) -c 'print(1)' 2>/dev/null),$(v)))
 MAX_WHEEL_BYTES := 20000000
-# Gradients, chains, decoders and programs over meshes or under vmap are tested with the releases of
-# jax at both ends.
+# Gradients, fused products, decoders and programs over meshes or under vmap are tested with the
+# releases of jax at both ends.
 SELECTED_3.12 := not slow and not ends
 
 compat: $(FOUND:%=compat-%)

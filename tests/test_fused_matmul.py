@@ -10,7 +10,7 @@ from cases import on_gpu, scaled
 
 import jax_fp8
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.ends
 
 
 @pytest.fixture
