@@ -1,4 +1,5 @@
 #include "ffi/cast_transpose_kernels.h"
+#include "ffi/follow.h"
 #include "ffi/zero.h"
 
 namespace jax_fp8 {
@@ -44,6 +45,7 @@ cudaError_t cast_transpose_device(const CastTranspose& q, cudaStream_t stream) {
     if (error != cudaErrorNotSupported) return error;
   }
   int parts = 0;
+  bool follows = device_follows();
   cudaError_t error = cudaSuccess;
   if (q.block_rows == 0 && q.given == nullptr) {
     error = tensor_amaxes(q, &parts, stream);
@@ -52,8 +54,10 @@ cudaError_t cast_transpose_device(const CastTranspose& q, cudaStream_t stream) {
   } else if (has_row_scales(q) && q.known == nullptr) {
     error = row_and_column_amaxes(q, q.straight_scale != nullptr, q.transposed_scale != nullptr,
                                   stream);
+  } else {
+    follows = false;
   }
-  return error == cudaSuccess ? cast_tiles(q, parts, stream) : error;
+  return error == cudaSuccess ? cast_tiles(q, parts, follows, stream) : error;
 }
 
 cudaError_t line_amaxes_device(const CastTranspose& q, cudaStream_t stream) {

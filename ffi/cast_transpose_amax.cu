@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "ffi/cast_transpose_kernels.h"
+#include "ffi/follow.h"
 #include "ffi/zero.h"
 
 namespace jax_fp8 {
@@ -47,6 +48,7 @@ __global__ void __launch_bounds__(kThreads, kThreadsAnSm / kThreads)
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) amax.take(packs[i]);
   }
+  let_follow();
   const uint32_t largest = block_max(amax.bits());
   if (threadIdx.x == 0) scratch[int64_t{entry} * kMaxParts + part] = largest;
 }
@@ -99,6 +101,8 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
+  let_follow();
+  wait_for_kernel_in_front();  // Which zeroes the scratch.
   if (wants_rows && lane < kRowsAWarp && lane < rows) {
     atomicMax(q.scratch + entry * q.rows + row + lane, own);
   }
@@ -163,9 +167,8 @@ cudaError_t row_and_column_amaxes(const CastTranspose& q, bool rows, bool column
       const auto tile_rows = static_cast<uint32_t>(ceil_div(q.rows, kTileRows));
       const auto tile_cols = static_cast<uint32_t>(ceil_div(q.cols, 32 * kWidth));
       const auto blocks = static_cast<unsigned>(q.batch * tile_rows * tile_cols);
-      row_and_column_kernel<in, kWidth>
-          <<<blocks, kThreads, 0, stream>>>(q, rows, columns, tile_rows, tile_cols);
-      return cudaGetLastError();
+      return launch_kernel(row_and_column_kernel<in, kWidth>, device_follows(), blocks, kThreads, 0,
+                           stream, q, rows, columns, tile_rows, tile_cols);
     };
     constexpr int width = 16 / sizeof(typename Native<in>::type);
     return loads_packs<in>(q, q.cols) ? launch(std::integral_constant<int, width>{})

@@ -12,7 +12,8 @@ cudaError_t tensor_amaxes(const CastTranspose& q, int* parts, cudaStream_t strea
 cudaError_t row_and_column_amaxes(const CastTranspose& q, bool rows, bool columns,
                                   cudaStream_t stream);
 // Casts tile by tile. `parts` as above; where it is not 0 or rows have scales, amaxes were found.
-cudaError_t cast_tiles(const CastTranspose& q, int parts, cudaStream_t stream);
+// `follows`: by the last kernel in the stream, which has not written x.
+cudaError_t cast_tiles(const CastTranspose& q, int parts, bool follows, cudaStream_t stream);
 // Both in one launch; cudaErrorNotSupported where it does not know how.
 cudaError_t cast_held(const CastTranspose& q, cudaStream_t stream);
 

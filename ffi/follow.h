@@ -22,6 +22,14 @@ __device__ inline void wait_for_kernel_in_front() {
 #endif
 }
 
+// Whether the current device knows early starts; where it does not, none may be asked for.
+inline bool device_follows() {
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         major >= 9;
+}
+
 // Launches a kernel, which follows the one in front of it or does not. Where several follow one
 // another, each may start while the last that does not still runs: before its wait a kernel reads
 // what none of these writes.

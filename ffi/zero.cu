@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "ffi/follow.h"
 #include "ffi/zero.h"
 
 namespace jax_fp8 {
@@ -8,6 +9,7 @@ namespace {
 constexpr int kThreads = 256, kMostBlocks = 1024;
 
 __global__ void __launch_bounds__(kThreads) zero_kernel(uint32_t* data, int64_t words) {
+  let_follow();
   const int64_t first = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   for (int64_t i = first; i < words; i += int64_t{gridDim.x} * kThreads) data[i] = 0;
 }
