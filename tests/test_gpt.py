@@ -179,13 +179,22 @@ def fake_row(loss, ms):
     }
 
 
+class Calls(list):
+    """Names, and whether the layers of each were to be timed alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.alone = {}
+
+
 @pytest.fixture
 def trained(monkeypatch):
     """What is trained and what is timed again, in place of doing it."""
-    calls = []
+    calls = Calls()
 
-    def fake(training, name, corpus):
+    def fake(training, name, corpus, alone):
         calls.append(name)
+        calls.alone[name] = alone
         if name == "blockwise" and calls.count("blockwise") == 1:
             raise RuntimeError("no such luck")
         return fake_row(1.0 if name == "bf16" else 1.004, 30.0 if name == "bf16" else 20.0)
@@ -231,9 +240,18 @@ def test_options_change_the_preset(trained, tmp_path):
     assert (config.hidden, config.heads) == (2048, 12)
 
 
-def test_unknown_recipes_are_refused(capsys):
+def test_whose_layers_are_timed_alone(trained, tmp_path):
+    options = ["--preset", "tiny", "--out", str(tmp_path), "--recipes", "bf16,rowwise"]
+    assert program.main(options) == 0
+    assert trained.alone == {"bf16": True, "rowwise": True}
+    assert program.main([*options, "--alone", "rowwise"]) == 0
+    assert trained.alone == {"bf16": False, "rowwise": True}
+
+
+@pytest.mark.parametrize("option", ["--recipes", "--alone"])
+def test_unknown_recipes_are_refused(option, capsys):
     with pytest.raises(SystemExit):
-        program.main(["--recipes", "bf16,fp7"])
+        program.main([option, "bf16,fp7"])
     assert "no recipe fp7" in capsys.readouterr().err
 
 

@@ -47,10 +47,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, help="of the weights and the batches")
     add("--devices", type=int, help="that share the batch (1)")
     add("--out", type=pathlib.Path, default=pathlib.Path("out"), metavar="DIR")
+    add("--alone", metavar="NAME,...", help="recipes whose layers are timed alone too (all)")
     add("--resume", action="store_true", help="leave out the recipes that DIR has results of")
     options = parser.parse_args(arguments)
     options.recipes = options.recipes.split(",")
-    if unknown := sorted(set(options.recipes) - set(recipes.NAMES)):
+    alone = options.recipes if options.alone is None else options.alone.split(",")
+    options.alone = alone
+    if unknown := sorted({*options.recipes, *alone} - set(recipes.NAMES)):
         parser.error(f"no recipe {', '.join(unknown)}")
     return options
 
@@ -91,12 +94,17 @@ def describe(preset: str, training: Training) -> Row:
 
 
 def sweep(
-    preset: str, training: Training, names: Sequence[str], bf16_is_known: bool = False
+    preset: str,
+    training: Training,
+    names: Sequence[str],
+    bf16_is_known: bool = False,
+    alone: Sequence[str] | None = None,
 ) -> Iterator[Row]:
     """Trains with one recipe after the other; a row for each as it ends, with its ``variant``.
 
-    Where bf16 is not among them but known from before, its step is timed again first: speeds are
-    compared on one card and in one process.
+    The dense layers of those in ``alone`` (None: of all) are timed alone too, for which XLA may
+    compile longer than for the step. Where bf16 is not among them but known from before, its step
+    is timed again first: speeds are compared on one card and in one process.
     """
     corpus = data.load()
     bf16_ms = None
@@ -106,7 +114,7 @@ def sweep(
         row = {**describe(preset, training), "variant": name, "corpus": corpus.facts}
         start = time.perf_counter()
         try:
-            row |= train(training, name, corpus)
+            row |= train(training, name, corpus, alone is None or name in alone)
             bf16_ms = row["step_ms"] if name == "bf16" else bf16_ms
         except Exception as error:  # The others are still trained.
             traceback.print_exc()
@@ -140,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     done = [row["variant"] for row in rows if same(row)]
     todo = [name for name in options.recipes if name not in done]
     failed = False
-    for row in sweep(options.preset, training, todo, "bf16" in done):
+    for row in sweep(options.preset, training, todo, "bf16" in done, options.alone):
         rows.append(row)
         failed |= bool(row.get("error"))
         results.write(report.NAME, rows, report.table, options.out)

@@ -259,8 +259,14 @@ class Run:
         }
 
 
-def train(training: Training, recipe: str, corpus: data.Corpus) -> Row:
+def train(training: Training, recipe: str, corpus: data.Corpus, alone: bool = True) -> Row:
     """Trains from the seed.
+
+    Args:
+      training: the problem.
+      recipe: of ``recipes.NAMES``.
+      corpus: what it learns.
+      alone: whether its dense layers are timed alone too, where there is a GPU.
 
     Returns:
       ``losses`` (the mean over each ``report`` steps), ``validation_losses`` with the
@@ -286,7 +292,7 @@ def train(training: Training, recipe: str, corpus: data.Corpus) -> Row:
     last = run.losses[-max(1, training.steps // 10) :]
     return {
         "step_ms": run.step_ms,
-        "dense_ms": dense_ms(training, recipe) if jax.default_backend() == "gpu" else None,
+        "dense_ms": dense_ms(training, recipe) if alone and _on_gpu() else None,
         "training_loss": float(np.mean(last)),
         "validation_loss": validations[-1],
         "validated_at": at,
@@ -297,6 +303,10 @@ def train(training: Training, recipe: str, corpus: data.Corpus) -> Row:
         ],
         **run.facts(),
     }
+
+
+def _on_gpu() -> bool:
+    return jax.default_backend() == "gpu"
 
 
 def time_steps(training: Training, recipe: str, corpus: data.Corpus, steps: int = 60) -> float:
