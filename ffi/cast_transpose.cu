@@ -1,5 +1,4 @@
 #include "ffi/cast_transpose_kernels.h"
-#include "ffi/follow.h"
 #include "ffi/zero.h"
 
 namespace jax_fp8 {
@@ -45,7 +44,7 @@ cudaError_t cast_transpose_device(const CastTranspose& q, cudaStream_t stream) {
     if (error != cudaErrorNotSupported) return error;
   }
   int parts = 0;
-  bool follows = device_follows();
+  bool follows = true;
   cudaError_t error = cudaSuccess;
   if (q.block_rows == 0 && q.given == nullptr) {
     error = tensor_amaxes(q, &parts, stream);

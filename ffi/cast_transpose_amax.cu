@@ -167,8 +167,8 @@ cudaError_t row_and_column_amaxes(const CastTranspose& q, bool rows, bool column
       const auto tile_rows = static_cast<uint32_t>(ceil_div(q.rows, kTileRows));
       const auto tile_cols = static_cast<uint32_t>(ceil_div(q.cols, 32 * kWidth));
       const auto blocks = static_cast<unsigned>(q.batch * tile_rows * tile_cols);
-      return launch_kernel(row_and_column_kernel<in, kWidth>, device_follows(), blocks, kThreads, 0,
-                           stream, q, rows, columns, tile_rows, tile_cols);
+      return launch_kernel(row_and_column_kernel<in, kWidth>, true, blocks, kThreads, 0, stream, q,
+                           rows, columns, tile_rows, tile_cols);
     };
     constexpr int width = 16 / sizeof(typename Native<in>::type);
     return loads_packs<in>(q, q.cols) ? launch(std::integral_constant<int, width>{})

@@ -22,7 +22,7 @@ __device__ inline void wait_for_kernel_in_front() {
 #endif
 }
 
-// Whether the current device knows early starts; where it does not, none may be asked for.
+// Whether the current device knows early starts.
 inline bool device_follows() {
   int device = 0, major = 0;
   return cudaGetDevice(&device) == cudaSuccess &&
@@ -32,7 +32,7 @@ inline bool device_follows() {
 
 // Launches a kernel, which follows the one in front of it or does not. Where several follow one
 // another, each may start while the last that does not still runs: before its wait a kernel reads
-// what none of these writes.
+// what none of these writes. A device that knows no early starts is not asked for one.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), bool follows, dim3 grid, int threads,
                           int bytes, cudaStream_t stream, const Arguments&... arguments) {
@@ -45,7 +45,7 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), bool follows, dim3 grid
   config.dynamicSmemBytes = static_cast<size_t>(bytes);
   config.stream = stream;
   config.attrs = &early;
-  config.numAttrs = follows ? 1 : 0;
+  config.numAttrs = follows && device_follows() ? 1 : 0;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (error != cudaSuccess) cudaGetLastError();  // Told here, and no longer to whoever asks next.
   return error;

@@ -121,7 +121,7 @@ def test_every_embedding_is_like_the_one_in_float32(program, name):
 @pytest.mark.parametrize("name", FP8)
 def test_neighbours_are_as_near(program, name):
     rows, _ = program
-    assert rows[name]["near"] >= 0.95
+    assert rows[name]["near"] >= 0.97
 
 
 @pytest.mark.parametrize("name", FP8)
@@ -129,10 +129,11 @@ def test_neighbours_are_the_same(program, name):
     """Not of all: an eighth of these sentences have two neighbours within 0.01 of each other.
 
     Where the MLP's first layers stay wide, 98 % are the same; with every dense layer in FP8, from
-    91.5 to 96.5 %. By how XLA adds on a CPU, with AMX or without, a few more or less are.
+    94 to 96.5 %, but with one scale for a tensor as few as 91.5 %: which of two that are level is
+    the nearest, the order decides in which XLA adds.
     """
     rows, _ = program
-    assert rows[name]["same"] >= (0.95 if name == "up wide" else 0.88)
+    assert rows[name]["same"] >= {"up wide": 0.97, "tensorwise": 0.9}.get(name, 0.92)
 
 
 @pytest.mark.parametrize("name", ["tensorwise", "rowwise", "blockwise"])

@@ -51,9 +51,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--resume", action="store_true", help="leave out the recipes that DIR has results of")
     options = parser.parse_args(arguments)
     options.recipes = options.recipes.split(",")
-    alone = options.recipes if options.alone is None else options.alone.split(",")
-    options.alone = alone
-    if unknown := sorted({*options.recipes, *alone} - set(recipes.NAMES)):
+    options.alone = options.alone and options.alone.split(",")
+    if unknown := sorted({*options.recipes, *(options.alone or ())} - set(recipes.NAMES)):
         parser.error(f"no recipe {', '.join(unknown)}")
     return options
 

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 import jax_fp8.nnx
-from benchmarks import hlo
+from benchmarks import hlo, timing
 from gpt import data, peer, recipes
 from gpt.model import GPT, Block, Config
 
@@ -292,7 +292,7 @@ def train(training: Training, recipe: str, corpus: data.Corpus, alone: bool = Tr
     last = run.losses[-max(1, training.steps // 10) :]
     return {
         "step_ms": run.step_ms,
-        "dense_ms": dense_ms(training, recipe) if alone and _on_gpu() else None,
+        "dense_ms": dense_ms(training, recipe) if alone and timing.on_gpu() else None,
         "training_loss": float(np.mean(last)),
         "validation_loss": validations[-1],
         "validated_at": at,
@@ -303,10 +303,6 @@ def train(training: Training, recipe: str, corpus: data.Corpus, alone: bool = Tr
         ],
         **run.facts(),
     }
-
-
-def _on_gpu() -> bool:
-    return jax.default_backend() == "gpu"
 
 
 def time_steps(training: Training, recipe: str, corpus: data.Corpus, steps: int = 60) -> float:
