@@ -99,8 +99,8 @@ class Scratch {
   cudaStream_t stream() const { return stream_; }
   void* workspace() const { return workspace_; }
 
-  // What the next call points to. The weights and the results rotate over copies that exceed the L2
-  // cache, for a model comes back to them after all of its other layers.
+  // What the next call points to. The weights and the results rotate over copies, of which the
+  // others exceed the L2 cache twice, for a model comes back to them after all of its other layers.
   const Pointers& next() {
     at_.w = w_ + calls_ % w_copies_ * w_bytes_;
     at_.d = d_ + calls_ % d_copies_ * d_bytes_;
@@ -183,8 +183,8 @@ class Scratch {
     const int64_t bias = align_up(4 * p.n);
     const int64_t rest = x + x_scale + w_scale + bias + 512 + align_up(p.workspace);
     const auto all = [&] { return w_copies_ * w_bytes_ + d_copies_ * d_bytes_ + rest; };
-    w_copies_ = 1 + 2 * int64_t{l2} / w_bytes_;
-    d_copies_ = 1 + 2 * int64_t{l2} / d_bytes_;
+    w_copies_ = 1 + ceil_div(2 * int64_t{l2}, w_bytes_);
+    d_copies_ = 1 + ceil_div(2 * int64_t{l2}, d_bytes_);
     if (all() > most) w_copies_ = d_copies_ = 1;
     if (all() > most) return cudaErrorMemoryAllocation;
     error = cudaMalloc(&memory_, all());

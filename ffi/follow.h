@@ -34,14 +34,14 @@ inline bool device_follows() {
 // another, each may start while the last that does not still runs: before its wait a kernel reads
 // what none of these writes. A device that knows no early starts is not asked for one.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch_kernel(void (*kernel)(Parameters...), bool follows, dim3 grid, int threads,
+cudaError_t launch_kernel(void (*kernel)(Parameters...), bool follows, dim3 grid, dim3 block,
                           int bytes, cudaStream_t stream, const Arguments&... arguments) {
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
-  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.blockDim = block;
   config.dynamicSmemBytes = static_cast<size_t>(bytes);
   config.stream = stream;
   config.attrs = &early;

@@ -32,7 +32,8 @@ struct Fused {
   uint8_t* data;
   Type data_type;
   float* scale;
-  float* amax;  // (batch), scratch for dynamic scales of tensors; else null.
+  float* amax;   // (batch), scratch for dynamic scales of tensors; else null.
+  bool follows;  // Whether it may start while the kernel in front still runs, as follow.h has it.
 };
 
 // 1 / (1 + exp(-t)), given -t * log2(e). Below 2^-126 it is zero.

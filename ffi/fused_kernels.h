@@ -278,6 +278,38 @@ __device__ inline float pack_amax(const float (&values)[kWidth]) {
   return combine_pack(Larger(), [&](int e) { return values[e]; });
 }
 
+// --- GELU ---
+
+// The largest magnitude among `so_far` and what GELU makes of 16-bit values. Above zero it grows
+// with the value, and by more from one to the next than its rounding errors, so that there only the
+// largest is asked. Below zero it stays under 0.171, which `so_far`, if it is of other values of
+// the same tensor, mostly exceeds; the smallest is asked, for infinities and NaN.
+template <Type in, int packs>
+__device__ inline float gelu_amax(const Pack<in, kWidth> (&read)[packs], float so_far) {
+  static_assert(sizeof(typename Native<in>::type) == 2);
+  uint32_t largest = read[0].words[0], smallest = largest;  // In halves, as bits.
+#pragma unroll
+  for (int p = 0; p < packs; ++p) {
+#pragma unroll
+    for (const uint32_t word : read[p].words) {
+      largest = __vmaxs2(largest, word);
+      smallest = __vmaxu2(smallest, word);
+    }
+  }
+  Pack<in, 4> ends;
+  ends.words[0] = largest, ends.words[1] = smallest;
+  float amax = so_far;
+#pragma unroll
+  for (int e = 0; e < 4; ++e) amax = Larger()(amax, gelu(ends[e]));
+  if (amax >= 0.171f) return amax;
+#pragma unroll
+  for (int p = 0; p < packs; ++p) {
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) amax = Larger()(amax, gelu(read[p][e]));
+  }
+  return amax;
+}
+
 // What is left to do after a pass that has added the residual.
 __host__ __device__ inline Fused after_sum(Fused f) {
   if (f.residual != nullptr) {

@@ -44,6 +44,7 @@ cudaError_t prepare(const Product& p, const Link& a, Normalize normalize, Fuse f
     q.x = p.x.data, q.x_type = Type::kBF16;
     q.data = static_cast<uint8_t*>(data), q.data_type = Type::kE4M3;
     q.scale = scales;
+    q.follows = a.follows;
     return cast(q);
   }
   Fused f{};
@@ -56,6 +57,7 @@ cudaError_t prepare(const Product& p, const Link& a, Normalize normalize, Fuse f
   f.eps = p.eps;
   f.data = static_cast<uint8_t*>(data), f.data_type = Type::kE4M3;
   f.scale = scales;
+  f.follows = a.follows;
   return fuse(f);
 }
 

@@ -40,8 +40,8 @@ cudaError_t launch(Kernel kernel, const Fused& f, Pass pass, const Spread& sprea
   int64_t blocks = ceil_div(f.batch * f.rows, spread.rows());
   if (f.residual == nullptr || blocks <= 4 * most) blocks = std::min(blocks, most);
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(spread.parts));
-  kernel<<<grid, dim3(spread.threads, spread.rows()), 0, stream>>>(f, pass, Kept{});
-  return cudaGetLastError();
+  const dim3 block(spread.threads, spread.rows());
+  return launch_kernel(kernel, f.follows, grid, block, 0, stream, f, pass, Kept{});
 }
 
 // One launch whose blocks wait for each other, so that all must run at once.

@@ -4,6 +4,7 @@
 
 #include <cooperative_groups.h>
 
+#include <type_traits>
 #include <utility>
 
 #include "ffi/follow.h"
@@ -97,8 +98,20 @@ __device__ __forceinline__ void run_rows(const Fused& f, Pass asked,
   const auto is_row = [&](int row) {
     return static_cast<unsigned>(row) < static_cast<unsigned>(rows);
   };
+  wait_for_kernel_in_front();
   if (is_row(row)) fetch(at);
   let_follow();  // Not before: what follows would read ahead of these.
+
+  // The columns of a thread are the same in all rows.
+  constexpr bool holds_weights =
+      regular && Producer::kNorm && !Producer::kCentered && !Producer::kResidual && !of_tensor;
+  [[maybe_unused]] Pack<in, kWidth> weight_packs[holds_weights ? packs : 1];
+  if constexpr (holds_weights) {
+#pragma unroll
+    for (int p = 0; p < packs; ++p) {
+      weight_packs[p].load(static_cast<const T*>(f.weight) + column + p * reach);
+    }
+  }
 
   // All amaxes begin at zero. That this is so is not waited for before the first one is known.
   const auto grid = cooperative_groups::this_grid();
@@ -142,6 +155,8 @@ __device__ __forceinline__ void run_rows(const Fused& f, Pass asked,
         values[p][e] = Producer::value(first[p][e], Producer::kParts == 2 ? second[p][e] : 0.0f);
       }
     }
+    constexpr bool by_order = known == Pass::kAmax && std::is_same_v<Producer, Gelu>;
+    if constexpr (by_order) largest = gelu_amax(first, largest);  // Without `values`.
     if constexpr (known == Pass::kAmax) {
       if (done < kept.turns) {
         const auto put = [](const uint4& own, uint4& slot) { slot = own; };
@@ -194,8 +209,13 @@ __device__ __forceinline__ void run_rows(const Fused& f, Pass asked,
         for (int p = 0; p < packs; ++p) {
           if (!has(p)) continue;
           float weights[kWidth];
-          load_weights<true, regular, in>(f.weight, f.weight_type, place + p * reach, kWidth,
-                                          weights);
+          if constexpr (holds_weights) {
+#pragma unroll
+            for (int e = 0; e < kWidth; ++e) weights[e] = weight_packs[p][e];
+          } else {
+            load_weights<true, regular, in>(f.weight, f.weight_type, place + p * reach, kWidth,
+                                            weights);
+          }
 #pragma unroll
           for (int e = 0; e < kWidth; ++e)
             values[p][e] = in_register(__fmul_rn(values[p][e], weights[e]));
@@ -251,8 +271,8 @@ __device__ __forceinline__ void run_rows(const Fused& f, Pass asked,
     }
 
     if constexpr (of_tensor) {
-      if constexpr (late) take_amax();
-      if (inside) largest = Larger()(largest, late ? amax : amax * factor);
+      if constexpr (late && !by_order) take_amax();
+      if (!by_order && inside) largest = Larger()(largest, late ? amax : amax * factor);
       if constexpr (known == Pass::kAmax) {
         if (Producer::kNorm && threadIdx.x == 0) kept.norm_of(done) = {mean, factor};
         ++done;

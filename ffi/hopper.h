@@ -159,6 +159,11 @@ __device__ inline void copy_in(uint32_t target, const CUtensorMap& map, uint32_t
       : "memory");
 }
 
+// Fetches the map itself, which the first copy waits for otherwise.
+__device__ inline void prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 // The same into every block of the cluster in `mask`, at the same addresses.
 __device__ inline void copy_in(uint32_t target, const CUtensorMap& map, uint32_t barrier, int x,
                                int y, int z, uint16_t mask) {

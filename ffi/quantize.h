@@ -20,6 +20,8 @@ struct Quantize {
   float* amax;        // May be null with static scales.
   uint32_t* scratch;  // kScratchWords of any content; may be null where there is no need.
   bool power_of_two;  // Dynamic scales are rounded up to one.
+  // Whether it may start while the kernel in front still runs, as follow.h has it.
+  bool follows;
 };
 
 // The thread blocks of a tensor whose scale is sought tell each other their amax.

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "ffi/follow.h"
 #include "ffi/quantize_kernels.h"
 #include "ffi/zero.h"
 
@@ -24,6 +25,7 @@ __global__ void __launch_bounds__(kCastThreads)
   const int64_t first = (int64_t{chunk} * (kCastThreads * packs_) + threadIdx.x) * V::width;
   const auto place = [&](int i) { return first + i * (kCastThreads * V::width); };
   typename V::Pack packs[packs_];
+  wait_for_kernel_in_front();
 #pragma unroll
   for (int i = 0; i < packs_; ++i) {
     if (place(i) < size) {
@@ -32,6 +34,7 @@ __global__ void __launch_bounds__(kCastThreads)
       packs[i] = {};
     }
   }
+  let_follow();  // Not before: what follows would read ahead of these.
   const float scale = q.given[entry], inverse = inverse_scale(scale);
 #pragma unroll
   for (int i = 0; i < packs_; ++i) {
@@ -58,9 +61,8 @@ cudaError_t cast(const Quantize& q, cudaStream_t stream) {
     const cudaError_t error = zero_words(q.amax, q.batch, stream);
     if (error != cudaSuccess) return error;
   }
-  cast_kernel<V, packs><<<static_cast<unsigned>(blocks * q.batch), kCastThreads, 0, stream>>>(
-      q, size, static_cast<unsigned>(blocks));
-  return cudaGetLastError();
+  return launch_kernel(cast_kernel<V, packs>, q.follows, static_cast<unsigned>(blocks * q.batch),
+                       kCastThreads, 0, stream, q, size, static_cast<unsigned>(blocks));
 }
 
 // --- It is not: the tensor stays on the chip, as far as it fits ----------------------------------

@@ -168,37 +168,44 @@ __global__ void __launch_bounds__(kThreads)
   };
 
   // X: the chunks that a group takes, one a round, of which it has so many slots.
-  const int own_rounds = (chunks - group + kGroups - 1) / kGroups;
-  const int own_x = group % kGroups * x_slots;  // The first of its slots.
-  const uint32_t x_full = hopper::shared_address(x_full_barriers[group % kGroups]);
-  const uint32_t x_read = hopper::shared_address(x_read_barriers[group % kGroups]);
-  const bool copies_x = group < kGroups && thread % 128 == 0;
+  const int taker = group < kGroups ? group : thread / 32 % 4;
+  const int own_rounds = (chunks - taker + kGroups - 1) / kGroups;
+  const int own_x = taker * x_slots;  // The first of its slots.
+  const uint32_t x_full = hopper::shared_address(x_full_barriers[taker]);
+  const uint32_t x_read = hopper::shared_address(x_read_barriers[taker]);
   const auto copy_x = [&](int slot, int round) {
     hopper::barrier_expect(x_full + 8 * slot, kXChunk);
     for (int half = 0; half < 2; ++half) {
       hopper::copy_in(x_memory + (own_x + slot) * kXChunk + half * (kXChunk / 2), x_map,
-                      x_full + 8 * slot, (round * kGroups + group) * kChunk + half * (kChunk / 2),
+                      x_full + 8 * slot, (round * kGroups + taker) * kChunk + half * (kChunk / 2),
                       0, b);
     }
   };
 
-  // X goes behind the first of W, but not behind all, whose queue is long.
+  // X goes behind the first of W, but not behind all, whose queue is long. The last group asks for
+  // it, a warp for each of the others, which go on with W meanwhile.
+  let_follow();
+  const int first_slots = min(own_rounds, x_slots), early_slots = min(first_slots, 2);
   if (group < kGroups) {
 #pragma unroll
     for (int slot = 0; slot < kDepth - 1; ++slot) fetch(slot);
-  }
-  if (thread == 0) {
-    for (int i = 0; i < kBuffers; ++i) hopper::barrier_init(sums_read + 8 * i, 128);
-  }
-  if (copies_x) {
-    for (int slot = 0; slot < x_slots; ++slot) {
-      hopper::barrier_init(x_full + 8 * slot, 1);
-      hopper::barrier_init(x_read + 8 * slot, 4);  // Warps.
+  } else {
+    if (lane == 0) {
+      if (taker == 0) {
+        hopper::prefetch_map(x_map);
+        for (int i = 0; i < kBuffers; ++i) hopper::barrier_init(sums_read + 8 * i, 128);
+      }
+      for (int slot = 0; slot < x_slots; ++slot) {
+        hopper::barrier_init(x_full + 8 * slot, 1);
+        hopper::barrier_init(x_read + 8 * slot, 4);  // Warps.
+      }
+      hopper::barrier_init_fence();
     }
-    hopper::barrier_init_fence();
     wait_for_kernel_in_front();
-    hopper::copy_out_fence();
-    for (int slot = 0; slot < min(own_rounds, x_slots); ++slot) copy_x(slot, slot);
+    if (lane == 0) {
+      hopper::copy_out_fence();
+      for (int slot = 0; slot < early_slots; ++slot) copy_x(slot, slot);
+    }
   }
   __syncthreads();
 
@@ -207,7 +214,10 @@ __global__ void __launch_bounds__(kThreads)
     const int row = thread % kTileRows, first_m = thread % 128 / kTileRows;
     const bool is_up = p.swiglu && row >= kTileRows / 2;
     float x_scales[columns / 4], largest = 0.0f;
-    wait_for_kernel_in_front();
+    if (lane == 0) {
+      for (int slot = early_slots; slot < first_slots; ++slot) copy_x(slot, slot);
+    }
+    __syncwarp();
 #pragma unroll
     for (int i = 0; i < columns / 4; ++i) {
       x_scales[i] = first_m + 4 * i < m_size ? p.x.scale_at(b, first_m + 4 * i, 0) : 0.0f;
@@ -289,7 +299,7 @@ __global__ void __launch_bounds__(kThreads)
             if (lane == 0) hopper::barrier_arrive(x_read + 8 * x_slot);
             // The slot of the round before, which the other warps will have read.
             const int before = x_slot > 0 ? x_slot - 1 : x_slots - 1;
-            if (copies_x && refills > 0 && turn + round > 0) {
+            if (thread % 128 == 0 && refills > 0 && turn + round > 0) {
               hopper::barrier_wait(x_read + 8 * before, x_parity ^ (x_slot == 0));
               copy_x(before, refill);
               --refills;
@@ -361,6 +371,9 @@ bool small_m_hopper_wins(const Product& p) {
   // block for each 32 rows, long K with fewer of them leaves multiprocessors idle.
   const bool x_stays = rounds_of(p) <= most_x_slots(p.m <= 8 ? 8 : 16);
   const bool is_long = p.n >= 4096 && p.k <= (p.m <= 8 ? 30720 : 18432);
+  // With scales of tensors cublasLt has more to choose from, and with many rows of W wins on an
+  // H200 and loses nothing on an H100.
+  if (p.m > 8 && p.n >= 28672 && p.x.per_tensor() && p.w.per_tensor()) return false;
   return p.n >= 2048 && p.k >= 1024 && (x_stays || is_long);
 }
 

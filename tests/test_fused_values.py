@@ -153,6 +153,23 @@ def test_tensor_scales_of_more_rows_than_stay_on_the_chip(rng, producer, residua
             ref.assert_same_bits(total[entry], data[0][entry] + given)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("largest", [0.0, 0.1, 0.2, 0.3, 5.0, np.inf])
+@pytest.mark.parametrize("smallest", [-0.1, -0.75, -9.0, -np.inf, -np.nan])
+def test_the_largest_of_a_gelu_may_be_of_a_negative_value(rng, largest, smallest):
+    """A tensor that is read twice, of whose values above zero only the largest is asked."""
+    x = rng.uniform(max(smallest, -9.0) if smallest < 0 else -9.0, min(largest, 5.0), (2048, 4096))
+    x[1234, 567], x[765, 225] = largest, smallest
+    x = jnp.asarray(x, ref.BF16)
+    tensor, rows = (
+        jax_fp8.gelu_quantize(x, granularity=granularity, implementation="kernel")
+        for granularity in ("tensor", "row")
+    )
+    ref.assert_same_bits(tensor.scale, jnp.max(rows.scale, axis=(-2, -1), keepdims=True))
+    again = jax_fp8.gelu_quantize(x, scale=tensor.scale, implementation="kernel")
+    ref.assert_same_bits(tensor.data, again.data)
+
+
 @norms
 @pytest.mark.parametrize("weight_type", ref.WIDE, ids=pair_id)
 @pytest.mark.parametrize("wide", ref.WIDE, ids=pair_id)
