@@ -314,7 +314,7 @@ def test_what_a_page_points_to_is_there(page):
             assert heading in [title.lower().replace(" ", "-") for title in titles], heading
 
 
-@pytest.mark.parametrize("path", sorted(results.FOLDER.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(results.FOLDER.rglob("*.json")), ids=lambda path: path.stem)
 def test_the_tables_of_the_results_are_those_of_their_rows(path):
     found = results.read(path)
     if found.get("format") != results.FORMAT:
