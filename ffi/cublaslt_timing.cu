@@ -99,8 +99,8 @@ class Scratch {
   cudaStream_t stream() const { return stream_; }
   void* workspace() const { return workspace_; }
 
-  // What the next call points to. The weights and the results rotate over copies, of which the
-  // others exceed the L2 cache twice, for a model comes back to them after all of its other layers.
+  // What the next call points to. The weights and the results of a chain rotate over copies, of
+  // which the others exceed the L2 cache, for a model comes back to them after all of its layers.
   const Pointers& next() {
     at_.w = w_ + calls_ % w_copies_ * w_bytes_;
     at_.d = d_ + calls_ % d_copies_ * d_bytes_;

@@ -22,20 +22,16 @@ __device__ inline void wait_for_kernel_in_front() {
 #endif
 }
 
-// Whether the current device knows early starts.
-inline bool device_follows() {
-  int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         major >= 9;
-}
-
 // Launches a kernel, which follows the one in front of it or does not. Where several follow one
 // another, each may start while the last that does not still runs: before its wait a kernel reads
-// what none of these writes. A device that knows no early starts is not asked for one.
+// what none of these writes. A kernel that was compiled for devices before Hopper, and so does not
+// wait, does not start early on a later one either.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), bool follows, dim3 grid, dim3 block,
                           int bytes, cudaStream_t stream, const Arguments&... arguments) {
+  cudaFuncAttributes compiled{};
+  const bool waits = follows && cudaFuncGetAttributes(&compiled, kernel) == cudaSuccess &&
+                     compiled.ptxVersion >= 90;
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
@@ -45,7 +41,7 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), bool follows, dim3 grid
   config.dynamicSmemBytes = static_cast<size_t>(bytes);
   config.stream = stream;
   config.attrs = &early;
-  config.numAttrs = follows && device_follows() ? 1 : 0;
+  config.numAttrs = waits ? 1 : 0;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (error != cudaSuccess) cudaGetLastError();  // Told here, and no longer to whoever asks next.
   return error;
