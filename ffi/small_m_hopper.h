@@ -15,6 +15,10 @@ bool small_m_hopper_supports(const Product& product, int capability);
 // Whether it is faster than cublasLt, for a product that it can run.
 bool small_m_hopper_wins(const Product& product);
 
+// Whether it also quantizes X: one row of bfloat16, normalized before where the product has a
+// norm's weight. Its scale is dynamic, or *x.scale where that is not null.
+bool small_m_hopper_quantizes(const Product& product, int capability);
+
 // `follows`: the last kernel in the stream has written X and its scales, and W is older than that
 // kernel. What does not depend on X then starts beside it.
 cudaError_t small_m_hopper(const Product& product, cudaStream_t stream, bool follows = false);

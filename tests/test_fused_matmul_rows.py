@@ -90,6 +90,26 @@ def test_the_sizes_of_models(rng, m, n, k):
         assert np.sqrt(np.square(off).mean() / np.square(wide).mean()) < 2.0**-6
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [16, 272, 1040, 4096, 14336, 14352])
+@pytest.mark.parametrize("parts", [(), ("norm",)], ids=str)
+def test_few_rows_are_quantized_as_by_a_call(rng, recipe, k, parts):
+    """A product does that by itself where there are at most four, of no more than 14336."""
+    granularity = "tensor" if recipe == "static" else "row"
+    options = options_of(recipe, "kernel")
+    for m in (1, 2, 3, 4, 5):
+        x, w, around = operands(rng, m, 336, k, parts, granularity)
+        if m > 1:
+            x = x.at[0].set(0).at[1, k - 1].set(jnp.inf if m % 2 else jnp.nan)
+        multiplied = quantized(x, around.get("norm"), EPS, "kernel", options["scale"])
+        want = jax_fp8.scaled_matmul(
+            multiplied, w, preferred_element_type=jnp.bfloat16, implementation="small_m"
+        )
+        got = jax_fp8.fused_matmul(x, w, **around, eps=EPS, **options)
+        ref.assert_same_bits(got, want)
+        assert m == 1 or np.isnan(np.asarray(got)[1].astype(np.float32)).any()
+
+
 def test_a_static_scale_saturates_and_keeps_what_is_not_finite(implementation, rng):
     x, w, _ = operands(rng, 18, 40, 64, ())
     x = x.at[0, 0].set(1e4).at[1, 3].set(jnp.inf).at[2, 5].set(jnp.nan)
