@@ -58,6 +58,20 @@ __device__ void wait_for_packs() {
 // Where a pack of 16 codes lies in a slot, so that neither copies nor fragments meet a bank twice.
 __device__ int place(int row, int pack) { return row * kChunk + (pack ^ row % 8) * 16; }
 
+// As `store`, of what leaves the L2 cache as early as W. D of many calls would fill it otherwise,
+// and what streams through would be left with little of it: 3 % at 16 rows.
+__device__ void store_for_once(const Product& p, float value, int64_t index, uint64_t policy) {
+  if (p.d_type != Type::kBF16) {
+    store(p, value, index);
+    return;
+  }
+  const __nv_bfloat16 rounded = __float2bfloat16(value);
+  asm volatile(
+      "st.global.L2::cache_hint.u16 [%0], %1, %2;" ::"l"(static_cast<__nv_bfloat16*>(p.d) + index),
+      "h"(__bfloat16_as_ushort(rounded)), "l"(policy)
+      : "memory");
+}
+
 // Four 8 x 8 matrices of 16-bit elements, whose rows of 16 bytes are where the lanes say.
 __device__ void load_matrices(uint32_t (&a)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -265,7 +279,7 @@ __global__ void __launch_bounds__(kThreads)
         if (!exists || is_up) continue;
         const int64_t index = (int64_t{b} * m_size + m) * d_columns + column;
         if (p.residual != nullptr) value += __bfloat162float(p.residual[index]);
-        store(p, value, index);
+        store_for_once(p, value, index, policy);
         largest = bits_float(max(float_bits(largest), float_bits(fabsf(value))));
       }
     }
@@ -395,9 +409,9 @@ bool small_m_hopper_wins(const Product& p) {
   // block for each 32 rows, long K with fewer of them leaves multiprocessors idle.
   const bool x_stays = rounds_of(p) <= most_x_slots(p.m <= 8 ? 8 : 16);
   const bool is_long = p.n >= 4096 && p.k <= (p.m <= 8 ? 30720 : 18432);
-  // Of so many rows of W cublasLt takes 29.3 us on an H200 where this takes 31 to 32; on an H100
-  // they are level.
-  if (p.m > 8 && p.n >= 28672) return false;
+  // With scales of tensors and so many rows of W, cublasLt takes 30.0 us on an H200 where this
+  // takes 32.9; on an H100 they are level.
+  if (p.m > 8 && p.n >= 28672 && p.x.per_tensor() && p.w.per_tensor()) return false;
   return p.n >= 2048 && p.k >= 1024 && (x_stays || is_long);
 }
 
