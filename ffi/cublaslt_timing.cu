@@ -292,8 +292,8 @@ Timed time_candidates(const Problem& problem, int count, const Start& start) {
     }
   }
   if (race.next().empty()) return failed(error);
-  const int calls = scratch.whole_turns(
-      std::clamp(static_cast<int>(std::ceil(kChainUs / least)), 1, kMostCalls));
+  const int calls =
+      scratch.whole_turns(std::clamp(static_cast<int>(std::ceil(kChainUs / least)), 1, kMostCalls));
   for (const int i : race.next()) {
     const std::string why = scratch.make_chain(i, [&] {
       std::string failure;

@@ -5,9 +5,10 @@
 //
 // gemv.h has it as one kernel, which multiplies X by the norm's weight in bfloat16, and the sums by
 // 1 / RMS. Or the normalized X is quantized to E4M3 with scales of its rows: small_m_hopper.h has
-// all behind that for few rows, and reads W while the quantization runs, or has that too, of one row;
-// large_m_hopper.h is for many. X may be quantized with one scale that is given, too. Here are the steps before and after a
-// bare product, for where neither runs: what they round to bfloat16 is the normalized X.
+// all behind that for few rows, and reads W while the quantization runs, or has that too, of one
+// row; large_m_hopper.h is for many. X may be quantized with one scale that is given, too. Here are
+// the steps before and after a bare product, for where neither runs: what they round to bfloat16 is
+// the normalized X.
 #pragma once
 
 #include <cuda_runtime_api.h>
