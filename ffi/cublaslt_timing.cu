@@ -108,13 +108,6 @@ class Scratch {
     return at_;
   }
 
-  // Calls of a chain, rounded up until each copy of the weights is used as often as the others: a
-  // chain of one would find its own again.
-  int whole_turns(int calls) const {
-    const int64_t rounded = ceil_div(int64_t{calls}, w_copies_) * w_copies_;
-    return rounded > kMostCalls ? calls : static_cast<int>(rounded);
-  }
-
   cudaEvent_t event(size_t i) {
     while (events_.size() <= i) {
       cudaEvent_t event = nullptr;
@@ -292,8 +285,7 @@ Timed time_candidates(const Problem& problem, int count, const Start& start) {
     }
   }
   if (race.next().empty()) return failed(error);
-  const int calls =
-      scratch.whole_turns(std::clamp(static_cast<int>(std::ceil(kChainUs / least)), 1, kMostCalls));
+  const int calls = std::clamp(static_cast<int>(std::ceil(kChainUs / least)), 1, kMostCalls);
   for (const int i : race.next()) {
     const std::string why = scratch.make_chain(i, [&] {
       std::string failure;

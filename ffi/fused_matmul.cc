@@ -183,10 +183,11 @@ xffi::Error run_on_cuda(const Link& a, const Product& p, const Link* next, const
     note_fused(p, a, "cuda", "gemv");
     return from_cuda(kName, small_m_matmul(p, on.capability, on.stream, a.follows));
   }
+  // A kernel for the quantization of a row would take longer than each block doing it for itself.
   if (in_one && !a.has_many_rows() && small_m_hopper_quantizes(p, on.capability)) {
     Product whole = p;
     whole.x.scale = absent(a.given) ? nullptr : after.x.scale;
-    note_fused(p, a, "cuda", "small_m");
+    note_fused(p, a, "cuda", "small_m", "quantizes x");
     return from_cuda(kName, small_m_hopper(whole, on.stream, a.follows));
   }
   if (!is_prepared) {

@@ -15,7 +15,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // An operand (batch, rows, K) with its scales. block_rows and block_cols say how many rows and
 // columns share a scale, 0 standing for all of them. W is FP8; X is FP8, or bfloat16 or float16,
-// which has one scale that is 1.
+// which has one scale that is 1 (but where small_m_hopper.h quantizes it).
 struct Operand {
   const uint8_t* data;
   const float* scale;

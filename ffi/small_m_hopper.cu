@@ -20,8 +20,9 @@ constexpr int kChunk = 256;    // Codes of a row that a group takes at once.
 constexpr int kSlot = kTileRows * kChunk;
 constexpr int kStride = kTileRows + 4;  // Between columns of sums, so that no bank is met twice.
 constexpr int kBuffers = 2;             // For the sums of tiles.
-constexpr int kMostBytes = (227 << 10) - 1024;  // Of shared memory; the rest is for barriers.
-constexpr int kOwnXSlots = 14;                  // At most, where the kernel quantizes X.
+// Of shared memory; the rest is for barriers and, where the kernel quantizes X, for that.
+constexpr int kMostBytes = (227 << 10) - 1024, kMostBytesQuantizing = kMostBytes - 1024;
+constexpr int kMostXQuantizing = 14;  // Slots of X there, for K up to 14336, which was tried.
 
 // Chunks of W that a group has on their way, bytes of X that belong to one, and floats of a group's
 // sums, for so many columns of X.
@@ -121,8 +122,8 @@ __device__ void multiply(float (&d)[16], const uint32_t (&a)[4], uint64_t b) {
 // Memory is at its best where 256 bytes of a row are read at once. An mma has 64 rows: these are 32
 // rows of W, twice, each half of a chunk for itself; likewise its columns are the columns of X, for
 // the first half and for the second. A half of its sums are of halves that do not belong together.
-// A warp has 8 rows of W, and of its 16 rows of an mma row i and row i + 8 are the halves of row i,
-// the first half in front where i < 4: so that neither bank nor thread is met twice.
+// A warp has 8 rows of W. Rows i and i + 8 of its mma are the halves of row i, so that one thread
+// gets the sums of both; the first half comes first where i < 4, so that loads meet no bank twice.
 //
 // The tensor cores' sums have few bits: a thread adds them up in float32 after 128 products.
 //
@@ -186,7 +187,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   };
 
-  // X: as many chunks, for which a group has so many slots.
+  // X: a group has slots for so many of its chunks.
   const int own_x = taker * x_slots;  // The first of its slots.
   const uint32_t x_full = hopper::shared_address(x_full_barriers[taker]);
   const uint32_t x_read = hopper::shared_address(x_read_barriers[taker]);
@@ -228,14 +229,14 @@ __global__ void __launch_bounds__(kThreads)
   [[maybe_unused]] float own_scale = 0.0f;
   if constexpr (quantizes) {
     // As copies would have left it: the first of each eight rows, whose order no swizzle changes.
-    const auto place = [&](int k) {
+    const auto codes_at = [&](int k) {
       const int chunk = k / kChunk, half = k % kChunk / (kChunk / 2);
       return memory + (chunk % kGroups * x_slots + chunk / kGroups) * kXChunk +
              half * (kXChunk / 2) + k % (kChunk / 2);
     };
-    constexpr int packs = kGroups * kOwnXSlots * kChunk / fused::kWidth;
-    own_scale =
-        quantize_row_in_block<kThreads, (packs + kThreads - 1) / kThreads, kChunk>(p, place);
+    constexpr int all_packs = kGroups * kMostXQuantizing * kChunk / fused::kWidth;
+    constexpr int packs = (all_packs + kThreads - 1) / kThreads;
+    own_scale = quantize_row_in_block<kThreads, packs, kChunk>(p, codes_at);
     hopper::copy_out_fence();  // The tensor cores read as the copy engine does.
   }
   __syncthreads();
@@ -368,18 +369,25 @@ cudaError_t launch(const Product& p, int processors, bool follows, cudaStream_t 
   static_assert(most_slots > 1);
   const int64_t rounds = rounds_of(p);
   const int x_slots = static_cast<int>(std::min<int64_t>(rounds, most_slots));
+  const bool quantizes = p.x.type == Type::kBF16;
   CUtensorMap x_map{};
   auto kernel = rounds <= most_slots ? small_m_hopper_kernel<columns, true, false>
                                      : small_m_hopper_kernel<columns, false, false>;
-  if (p.x.type == Type::kBF16) {
-    if constexpr (columns == 8) kernel = small_m_hopper_kernel<columns, true, true>;
-  } else if (!encode_map(&x_map, p.x.data, p.x.type, p.batch, p.m, p.k, columns, kChunk / 2)) {
+  if constexpr (columns == 8) {
+    static_assert(kMostXQuantizing <= most_slots &&
+                  bytes_without_x(8) + kGroups * kMostXQuantizing * x_chunk(8) <=
+                      kMostBytesQuantizing);
+    if (quantizes) kernel = small_m_hopper_kernel<columns, true, true>;
+  } else if (quantizes) {
+    return cudaErrorInvalidValue;  // small_m_hopper_quantizes was not asked.
+  }
+  if (!quantizes &&
+      !encode_map(&x_map, p.x.data, p.x.type, p.batch, p.m, p.k, columns, kChunk / 2)) {
     return cudaErrorInvalidValue;
   }
-  // Where it quantizes, there is less for X and more for barriers and the like.
-  const int most_bytes = kMostBytes - (p.x.type == Type::kBF16 ? 1024 : 0);
   const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes);
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           quantizes ? kMostBytesQuantizing : kMostBytes);
   if (error != cudaSuccess) return error;
   const int64_t tiles = ceil_div(p.n, kTileRows);  // Of two halves for a SwiGLU.
   const int64_t blocks = std::clamp<int64_t>(processors / p.batch, 1, tiles);
@@ -399,7 +407,7 @@ bool small_m_hopper_quantizes(const Product& p, int capability) {
   Product quantized = p;
   quantized.x.type = Type::kE4M3;
   return small_m_hopper_supports(quantized, capability) && p.x.type == Type::kBF16 &&
-         p.batch == 1 && p.m == 1 && rounds_of(p) <= kOwnXSlots &&
+         p.batch == 1 && p.m == 1 && rounds_of(p) <= kMostXQuantizing &&
          reinterpret_cast<uintptr_t>(p.x.data) % 16 == 0 &&
          reinterpret_cast<uintptr_t>(p.norm_weight) % 16 == 0;
 }

@@ -12,8 +12,8 @@ namespace {
 
 // The scale, which comes of the values, or is *p.x.scale where that is not null. All `threads` of
 // the block call this, each with `packs` packs of eight values of the row, which reach as far as K.
-// The codes from k on go where `place(k)` says, for K rounded up to `padding`, with zeros behind K;
-// they are there for other threads after a barrier.
+// The codes from k on go where `place(k)` says, for K rounded up to `padding`, with zeros (or NaN,
+// as the scale is) behind K; they are there for other threads after a barrier.
 //
 // The arithmetic, and so each bit, is that of rms_norm_quantize and quantize.
 template <int threads, int packs, int padding, typename Place>

@@ -13,7 +13,13 @@ from jax_fp8._src import scaled_matmul as products
 
 AROUND_SHAPES = ((1, 136, 272), (3, 8500, 144), (7, 40, 1040))
 #: X comes in parts in the last ones.
-AROUND_SHAPES_QUANTIZED = ((16, 136, 272), (3, 8500, 144), (12, 40, 12304), (9, 40, 20496))
+AROUND_SHAPES_QUANTIZED = (
+    (1, 136, 272),  # Which the product quantizes.
+    (16, 136, 272),
+    (3, 8500, 144),
+    (12, 40, 12304),
+    (9, 40, 20496),
+)
 
 rng = np.random.default_rng(0)
 

@@ -94,7 +94,7 @@ def test_the_sizes_of_models(rng, m, n, k):
 @pytest.mark.parametrize("k", [16, 272, 1040, 4096, 14336, 14352])
 @pytest.mark.parametrize("parts", [(), ("norm",)], ids=str)
 def test_few_rows_are_quantized_as_by_a_call(rng, recipe, k, parts):
-    """A product does that by itself for one row, of no more than 14336."""
+    """Of one row of no more than 14336 a product does that by itself."""
     granularity = "tensor" if recipe == "static" else "row"
     options = options_of(recipe, "kernel")
     for m in (1, 2, 3, 4, 5):

@@ -34,8 +34,9 @@ def fused_matmul(
 
     As ``matmul`` between an RMSNorm, a SwiGLU and an addition, each where it is asked for. On
     Hopper, for what ``implementation`` says below, few rows take little longer than reading ``w``:
-    with ``"weight_only"`` it is one kernel; else a quantization, beside which the product already
-    reads weights, and that product with the rest in it. Many rows take little longer than their
+    with ``"weight_only"`` it is one kernel, and so is one row of up to 14336 values in FP8; else it
+    is a quantization, beside which the product already reads weights, and that product with the
+    rest in it. Many rows take little longer than their
     quantization and the bare product, which does the rest while it multiplies; with fewer than some
     2,000 separate calls may be as fast. Elsewhere it is a norm, the product and the rest, one after
     the other.

@@ -30,7 +30,7 @@ def plans() -> list[dict[str, Any]]:
       ``candidates`` (how many algorithms there were) and ``choice``: ``"timed"`` in this process,
       ``"cached"`` by an earlier one, ``"imported"``, or ``"heuristic"`` for the first that
       cublasLt has without workspace, with the reason where they should have been timed and were
-      not.
+      not. A product that quantizes a row of ``x`` by itself says that as its ``algorithm``.
       Entries with ``when="traced"`` say that a program was traced which leaves the operation to
       XLA on ``platform``; whether it was then compiled for that platform they cannot tell.
 
