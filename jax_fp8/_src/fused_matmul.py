@@ -36,10 +36,9 @@ def fused_matmul(
     Hopper, for what ``implementation`` says below, few rows take little longer than reading ``w``:
     with ``"weight_only"`` it is one kernel, and so is one row of up to 14336 values in FP8; else it
     is a quantization, beside which the product already reads weights, and that product with the
-    rest in it. Many rows take little longer than their
-    quantization and the bare product, which does the rest while it multiplies; with fewer than some
-    2,000 separate calls may be as fast. Elsewhere it is a norm, the product and the rest, one after
-    the other.
+    rest in it. Many rows take little longer than their quantization and the bare product, which
+    does the rest while it multiplies; with fewer than some 2,000 separate calls may be as fast.
+    Elsewhere it is a norm, the product and the rest, one after the other.
 
     With ``"weight_only"`` the activations stay in 16 bits. The norm's values are those of
     ``rms_norm_quantize``, rounded to ``x``'s dtype; the one kernel rounds ``x * norm`` in their
