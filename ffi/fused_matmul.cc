@@ -183,10 +183,17 @@ xffi::Error run_on_cuda(const Link& a, const Product& p, const Link* next, const
     note_fused(p, a, "cuda", "gemv");
     return from_cuda(kName, small_m_matmul(p, on.capability, on.stream, a.follows));
   }
+  if (in_one && next != nullptr && next->takes_codes()) {
+    after.codes = static_cast<uint8_t*>(next->multiplied.untyped_data());
+    after.codes_scale = static_cast<const float*>(next->given.untyped_data());
+    *has_codes = true;
+  }
   // A kernel for the quantization of a row would take longer than each block doing it for itself.
-  if (in_one && !a.has_many_rows() && small_m_hopper_quantizes(p, on.capability)) {
-    Product whole = p;
+  if (in_one && !is_prepared && !a.has_many_rows() && small_m_hopper_quantizes(p, on.capability)) {
+    Product whole = after;
+    whole.x = p.x;
     whole.x.scale = absent(a.given) ? nullptr : after.x.scale;
+    whole.norm_weight = p.norm_weight;
     note_fused(p, a, "cuda", "small_m", "quantizes x");
     return from_cuda(kName, small_m_hopper(whole, on.stream, a.follows));
   }
@@ -198,11 +205,6 @@ xffi::Error run_on_cuda(const Link& a, const Product& p, const Link* next, const
   if (!a.has_many_rows()) {
     note_fused(p, a, "cuda", "small_m");
     return from_cuda(kName, small_m_hopper(after, on.stream, true));
-  }
-  if (next != nullptr && next->takes_codes()) {
-    after.codes = static_cast<uint8_t*>(next->multiplied.untyped_data());
-    after.codes_scale = static_cast<const float*>(next->given.untyped_data());
-    *has_codes = true;
   }
   note_fused(p, a, "cuda", "large_m");
   return from_cuda(kName, large_m_hopper(after, on.stream));

@@ -127,7 +127,8 @@ __device__ void multiply(float (&d)[16], const uint32_t (&a)[4], uint64_t b) {
 // For a SwiGLU a tile is 16 rows of gates and the 16 that go with them, 16 columns of D.
 //
 // Where it follows the kernel that writes X, it starts and copies the first of W while that one
-// runs. It lets another follow in the same way. What it `quantizes` is a row of bfloat16.
+// runs. It lets another follow in the same way. What it `quantizes` is a row of bfloat16. Codes of D
+// are bytes of many threads each: where few rows are, still less than a kernel that reads D again.
 template <int columns, bool x_stays, bool quantizes>
 __global__ void __launch_bounds__(kThreads)
     small_m_hopper_kernel(Product p, int x_slots, const __grid_constant__ CUtensorMap x_map) {
@@ -243,6 +244,7 @@ __global__ void __launch_bounds__(kThreads)
     const int row = thread % kTileRows, first_m = thread % 128 / kTileRows;
     const bool is_up = p.swiglu && row >= kTileRows / 2;
     float x_scales[columns / 4], largest = 0.0f;
+    const float codes_inverse = p.codes != nullptr ? inverse_scale(*p.codes_scale) : 0.0f;
     if (lane == 0) {
       for (int slot = early_slots; slot < first_slots; ++slot) copy_x(slot, slot);
     }
@@ -278,6 +280,10 @@ __global__ void __launch_bounds__(kThreads)
         const int64_t index = (int64_t{b} * m_size + m) * d_columns + column;
         if (p.residual != nullptr) value += __bfloat162float(p.residual[index]);
         store_for_once(p, value, index, policy);
+        if (p.codes != nullptr) {
+          const float rounded = __bfloat162float(__float2bfloat16(value));
+          p.codes[index] = quantize_value<Type::kE4M3>(rounded, codes_inverse);
+        }
         largest = bits_float(max(float_bits(largest), float_bits(fabsf(value))));
       }
     }

@@ -16,7 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import references as ref
-from sanitize_fused import check_fused, check_fused_chain, check_fused_matmul, check_many_rows
+from sanitize_fused import (
+    check_codes,
+    check_fused,
+    check_fused_chain,
+    check_fused_matmul,
+    check_many_rows,
+)
 
 import jax_fp8
 from jax_fp8._src import ffi
@@ -353,6 +359,7 @@ def main(chosen):
         for recipe in ("weight_only", "rowwise"):
             groups.append((f"fused_chain {recipe}", check_fused_chain, (recipe,)))
         groups.append(("fused_matmul, many rows", check_many_rows, ()))
+        groups.append(("fused_chain static", check_codes, ()))
     for implementation in implementations():
         if chosen and implementation not in chosen:
             continue

@@ -164,7 +164,7 @@ def block(rng, m, width, hidden, scales=(None, None, None)):
     ]
 
 
-@pytest.mark.parametrize("m", [5, 40, *on_gpu(600)])
+@pytest.mark.parametrize("m", [1, 5, 16, 40, *on_gpu(600)])
 def test_a_chain_is_the_separate_calls(implementation, recipe, rng, m):
     """Where a result is multiplied next with a scale that is given, its codes come with it."""
     scales = (jnp.float32(SCALE), SCALE * 2, np.float32(SCALE))
