@@ -41,7 +41,7 @@ cudaError_t launch(const Product& p, int processors, bool follows, cudaStream_t 
   const int64_t blocks = std::clamp<int64_t>(processors / p.batch, 1, tiles);
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(p.batch));
   const int bytes = bytes_without_x(columns) + kGroups * x_slots * x_chunk(columns);
-  return launch_kernel(kernel, follows, grid, kThreads, bytes, stream, p, x_slots, x_map);
+  return launch_kernel(kernel, follows, grid, kThreads, bytes, stream, p, follows, x_slots, x_map);
 }
 
 }  // namespace

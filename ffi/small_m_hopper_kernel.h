@@ -127,11 +127,13 @@ __device__ void multiply(float (&d)[16], const uint32_t (&a)[4], uint64_t b) {
 // For a SwiGLU a tile is 16 rows of gates and the 16 that go with them, 16 columns of D.
 //
 // Where it follows the kernel that writes X, it starts and copies the first of W while that one
-// runs. It lets another follow in the same way. What it `quantizes` is a row of bfloat16. Codes of D
-// are bytes of many threads each: where few rows are, still less than a kernel that reads D again.
+// runs. It lets another follow in the same way. What it `quantizes` is a row of bfloat16. Codes of
+// D are bytes of many threads each: where few rows are, still less than a kernel that reads D
+// again.
 template <int columns, bool x_stays, bool quantizes>
 __global__ void __launch_bounds__(kThreads)
-    small_m_hopper_kernel(Product p, int x_slots, const __grid_constant__ CUtensorMap x_map) {
+    small_m_hopper_kernel(Product p, bool follows, int x_slots,
+                          const __grid_constant__ CUtensorMap x_map) {
 #if __CUDA_ARCH__ == 900
   constexpr int kDepth = depth_of(columns), kXChunk = x_chunk(columns),
                 kSums = sums_of_group(columns);
@@ -201,6 +203,9 @@ __global__ void __launch_bounds__(kThreads)
   // X goes behind the first of W, but not behind all, whose queue is long. The last group asks for
   // it, a warp for each of the others, which go on with W meanwhile.
   let_follow();
+  constexpr int all_packs = kGroups * kMostXQuantizing * kChunk / fused::kWidth;
+  [[maybe_unused]] RowOfBlock<kThreads, (all_packs + kThreads - 1) / kThreads> own_x_row;
+  if (quantizes && !follows) own_x_row.load(p);
   const int first_slots = quantizes ? 0 : min(own_rounds, x_slots);
   const int early_slots = min(first_slots, 2);
   if (group < kGroups) {
@@ -232,9 +237,11 @@ __global__ void __launch_bounds__(kThreads)
       return memory + (chunk % kGroups * x_slots + chunk / kGroups) * kXChunk +
              half * (kXChunk / 2) + k % (kChunk / 2);
     };
-    constexpr int all_packs = kGroups * kMostXQuantizing * kChunk / fused::kWidth;
-    constexpr int packs = (all_packs + kThreads - 1) / kThreads;
-    own_scale = quantize_row_in_block<kThreads, packs, kChunk>(p, codes_at);
+    if (follows) {
+      wait_for_kernel_in_front();
+      own_x_row.load(p);
+    }
+    own_scale = own_x_row.template quantize<kChunk>(p, codes_at);
     hopper::copy_out_fence();  // The tensor cores read as the copy engine does.
   }
   __syncthreads();
