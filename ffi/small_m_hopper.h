@@ -1,6 +1,6 @@
 // The product for few rows of FP8 X on Hopper: the FP8 tensor cores take W as it is in memory, and
-// what remains is reading it. With what fused_matmul.h puts behind the product, and for one row
-// with what it puts in front.
+// what remains is reading it. With what fused_matmul.h puts behind the product, the codes of D too,
+// and for one row with what it puts in front.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -126,10 +126,8 @@ __device__ void multiply(float (&d)[16], const uint32_t (&a)[4], uint64_t b) {
 //
 // For a SwiGLU a tile is 16 rows of gates and the 16 that go with them, 16 columns of D.
 //
-// Where it follows the kernel that writes X, it starts and copies the first of W while that one
-// runs. It lets another follow in the same way. What it `quantizes` is a row of bfloat16. Codes of
-// D are bytes of many threads each: where few rows are, still less than a kernel that reads D
-// again.
+// Where it `follows` the kernel that writes X, it starts and copies the first of W while that one
+// runs. It lets another follow in the same way. What it `quantizes` is a row of bfloat16.
 template <int columns, bool x_stays, bool quantizes>
 __global__ void __launch_bounds__(kThreads)
     small_m_hopper_kernel(Product p, bool follows, int x_slots,
@@ -205,7 +203,7 @@ __global__ void __launch_bounds__(kThreads)
   let_follow();
   constexpr int all_packs = kGroups * kMostXQuantizing * kChunk / fused::kWidth;
   [[maybe_unused]] RowOfBlock<kThreads, (all_packs + kThreads - 1) / kThreads> own_x_row;
-  if (quantizes && !follows) own_x_row.load(p);
+  if (quantizes && !follows) own_x_row.load(p);  // Ahead of all of W, for it is there already.
   const int first_slots = quantizes ? 0 : min(own_rounds, x_slots);
   const int early_slots = min(first_slots, 2);
   if (group < kGroups) {

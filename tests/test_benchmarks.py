@@ -305,6 +305,20 @@ def test_the_tables_of_the_pages_are_those_of_the_results(name, tmp_path):
     assert {copy: copy.read_text() for copy in copies} == copies
 
 
+def test_the_readme_says_from_how_many_rows_weight_only_is_slower():
+    (path,) = results.FOLDER.glob("*-weight_only.json")
+    rows = results.read(path)["rows"]
+    wide, narrow = (weight_only.faster_from(rows, n, 4096) for n in (28672, 4096))
+    errors = [
+        max(row["rms_error"] for row in rows if row["variant"] == name)
+        for name in ("weight_only", "rowwise")
+    ]
+    text = " ".join(PAGES[program.ROOT / "README.md"].split())
+    assert f"below {wide} rows in wide layers and below {narrow} in narrow ones" in text
+    first, second = (f"{100 * error:.1f} %" for error in errors)
+    assert f"with an RMS error of {first} instead of {second}" in text
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_a_page_points_to_is_there(page):
     """Files and headings, by the names that GitHub gives these."""
