@@ -106,18 +106,18 @@ std::string refusal(const Product& p, int capability) {
 }
 
 void note_fused(const Product& p, const Link& a, const char* platform, const char* implementation,
-                const std::string& algorithm = "") {
-  Entry entry = {
-      {"operation", "fused_matmul"},
-      {"implementation", implementation},
-      {"platform", platform},
-      {"shape", std::vector<int64_t>{1, p.m, p.n, p.k}},
-      {"dtypes",
-       std::vector<std::string>{type_name(p.x.type), type_name(p.w.type), type_name(p.d_type)}},
-      {"granularity", granularity_name(p.w.block_rows, p.w.block_cols)},
-      {"parts", join(p.norm_weight != nullptr ? "norm, " : "", a.quantizes() ? "quantize, " : "",
-                     "product", p.bias != nullptr ? ", bias" : "", p.swiglu ? ", swiglu" : "",
-                     p.residual != nullptr ? ", residual" : "")}};
+                const std::string& algorithm = "", bool is_prepared = false) {
+  const char* const quantize = a.quantizes() && !is_prepared ? "quantize, " : "";
+  Entry entry = {{"operation", "fused_matmul"},
+                 {"implementation", implementation},
+                 {"platform", platform},
+                 {"shape", std::vector<int64_t>{1, p.m, p.n, p.k}},
+                 {"dtypes", std::vector<std::string>{type_name(p.x.type), type_name(p.w.type),
+                                                     type_name(p.d_type)}},
+                 {"granularity", granularity_name(p.w.block_rows, p.w.block_cols)},
+                 {"parts", join(p.norm_weight != nullptr ? "norm, " : "", quantize, "product",
+                                p.bias != nullptr ? ", bias" : "", p.swiglu ? ", swiglu" : "",
+                                p.residual != nullptr ? ", residual" : "")}};
   if (!algorithm.empty()) entry["algorithm"] = algorithm;
   note(std::move(entry));
 }
@@ -140,7 +140,7 @@ struct Context {
   cudaStream_t stream;
 };
 
-xffi::Error run_steps(const Product& fused, const Link& a, const Context& on) {
+xffi::Error run_steps(const Product& fused, const Link& a, const Context& on, bool is_prepared) {
   const Product p = product_of(fused, a);
   bool is_done = false;
   lt::Ran ran;
@@ -158,7 +158,7 @@ xffi::Error run_steps(const Product& fused, const Link& a, const Context& on) {
     const cudaError_t error = decodes ? decode_matmul(p, on.stream) : naive_device(p, on.stream);
     if (error != cudaSuccess) return from_cuda(kName, error);
   }
-  note_fused(fused, a, "cuda", "steps", ran.algorithm);
+  note_fused(fused, a, "cuda", "steps", ran.algorithm, is_prepared);
   if (a.sums.element_count() == 0) return xffi::Error::Success();
   return from_cuda(kName, finish_device(fused, p.d, p.d_type, on.stream));
 }
@@ -201,12 +201,12 @@ xffi::Error run_on_cuda(const Link& a, const Product& p, const Link* next, const
     const cudaError_t error = prepare_on_device(p, a, on.stream);
     if (error != cudaSuccess) return from_cuda(kName, error);
   }
-  if (!in_one) return run_steps(p, a, on);
+  if (!in_one) return run_steps(p, a, on, is_prepared);
   if (!a.has_many_rows()) {
-    note_fused(p, a, "cuda", "small_m");
+    note_fused(p, a, "cuda", "small_m", "", is_prepared);
     return from_cuda(kName, small_m_hopper(after, on.stream, true));
   }
-  note_fused(p, a, "cuda", "large_m");
+  note_fused(p, a, "cuda", "large_m", "", is_prepared);
   return from_cuda(kName, large_m_hopper(after, on.stream));
 }
 

@@ -258,6 +258,7 @@ def test_what_is_no_array_is_no_residual():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["weight_only", "rowwise", "static"])
 @pytest.mark.parametrize(
     "m, width, hidden, qkv",
     [
@@ -280,9 +281,13 @@ def test_a_product_starts_after_what_it_multiplies(recipe, rng, m, width, hidden
             jax_fp8.ScaledArray(jnp.roll(link.w.data, shift, 0), link.w.scale, "row")
             for link in links
         ]
+        scale = 2.0**-7 * (1 + shift % 2) if recipe == "static" else None
         now = [
             dataclasses.replace(
-                link, w=w, norm=None if link.norm is None else jnp.roll(link.norm, shift)
+                link,
+                w=w,
+                norm=None if link.norm is None else jnp.roll(link.norm, shift),
+                scale=scale,
             )
             for w, link in zip(written, links, strict=True)
         ]
@@ -309,14 +314,19 @@ def test_what_runs(rng, recipe):
     assert len(found) == 4
 
 
-def test_a_link_in_steps_is_between_two_that_are_not(handlers, rng):
-    """Of the handler: operations do not ask it for links that it has no kernel for."""
+@pytest.mark.parametrize("quantizes", [False, True])
+def test_a_link_in_steps_is_between_two_that_are_not(handlers, rng, quantizes):
+    """Of the handler: operations do not ask it for links that it has no kernel for.
+
+    Where it quantizes, with scales that are given, a link in steps finds its codes written.
+    """
     ffi.register()
-    options = {"quantizes": False, "many_rows": False, "implementation": "", "capability": 0}
+    options = {"quantizes": quantizes, "many_rows": False, "implementation": "", "capability": 0}
+    scale = jnp.full((1, 1), 2.0**-4, jnp.float32) if quantizes else None
 
     def link(n, k, residual=None):
         w = jax_fp8.quantize(jnp.asarray(rng.standard_normal((n, k)), jnp.float32))
-        return ffi.Link(w.data, w.scale, None, None, residual, None, 0.0, swiglu=False)
+        return ffi.Link(w.data, w.scale, None, None, residual, scale, 0.0, swiglu=False)
 
     x = jnp.asarray(rng.standard_normal((2, 64)), ref.BF16)
     links = [link(72, 64), link(64, 72), link(64, 64, residual=1), link(64, 64)]
@@ -324,7 +334,8 @@ def test_a_link_in_steps_is_between_two_that_are_not(handlers, rng):
     found = jax.block_until_ready(ffi.fused_matmul(x, links, **options))
     ran = [p["implementation"] for p in jax_fp8.plans() if p["when"] == "run"]
     # A K of 72 is not in steps of 16. Plans are not in the order in which they ran.
-    assert sorted(ran) == (["gemv"] * 3 + ["steps"] if ref.on_gpu() else ["naive"] * 4)
+    kernel = "small_m" if quantizes else "gemv"
+    assert sorted(ran) == ([kernel] * 3 + ["steps"] if ref.on_gpu() else ["naive"] * 4)
     for one, got in zip(links, found, strict=True):
         residual = one.residual if one.residual is None else found[one.residual]
         (want,) = ffi.fused_matmul(x, [dataclasses.replace(one, residual=residual)], **options)

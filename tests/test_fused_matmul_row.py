@@ -64,14 +64,16 @@ def test_it_is_the_first_row_of_two(rng, recipe, n, k, parts):
 
 
 def block(rng, width, hidden, scales):
-    """Two rows, and the links of an MLP and of a product behind it."""
+    """Two rows, and the links of an MLP and of two products behind it, the first with a norm."""
     x, up, around = operands(rng, 2, 2 * hidden, width, ("norm", "swiglu"))
     _, down, added = operands(rng, 2, width, hidden, ("residual",))
+    _, third, normed = operands(rng, 2, width, width, ("norm",))
     _, last, biased = operands(rng, 2, width, width, ("bias",))
     return x, [
         Link(up, eps=EPS, **around, scale=scales[0]),
         Link(down, **added, scale=scales[1]),
-        Link(last, **biased, residual=1, scale=scales[2]),
+        Link(third, eps=EPS, **normed, scale=scales[2]),
+        Link(last, **biased, residual=1, scale=scales[0]),
     ]
 
 

@@ -1,5 +1,7 @@
 """fused_matmul and fused_chain of many rows, and with scales that are given."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -153,14 +155,19 @@ def test_it_is_deterministic_under_jit_and_alone(implementation, recipe, rng):
 
 
 def block(rng, m, width, hidden, scales=(None, None, None)):
-    """x, and an MLP and the next product, each with a scale for what it multiplies."""
+    """x, and an MLP and the next two products, each with a scale for what it multiplies.
+
+    Of these products one multiplies a norm of what is in front of it.
+    """
     x, up, around = operands(rng, m, 2 * hidden, width, ("norm", "swiglu"))
     _, down, added = operands(rng, m, width, hidden, ("residual",))
+    _, third, normed = operands(rng, m, width, width, ("norm",))
     _, last, biased = operands(rng, m, width, width, ("bias",))
     return x, [
         Link(up, eps=EPS, **around, scale=scales[0]),
         Link(down, **added, scale=scales[1]),
-        Link(last, **biased, residual=1, scale=scales[2]),
+        Link(third, eps=EPS, **normed, scale=scales[2]),
+        Link(last, **biased, residual=1, scale=scales[0]),
     ]
 
 
@@ -182,11 +189,32 @@ def test_a_chain_is_the_separate_calls(implementation, recipe, rng, m):
             ref.assert_same_bits(got, one)
 
 
+@pytest.mark.parametrize("m", [1, 5, 16, 40])
+def test_codes_of_what_is_not_finite(implementation, rng, m):
+    x, w, _ = operands(rng, m, 64, 48, ())
+    changed = jnp.zeros((m, 64), ref.BF16).at[0, 0].set(jnp.inf).at[m // 2, 3].set(jnp.nan)
+    residual = changed.at[m - 1, 5].set(1e4 if m > 1 else jnp.nan)  # Which saturates.
+    _, down, _ = operands(rng, m, 80, 64, ())
+    bad = sorted({0, m // 2})
+    options = {"recipe": "static", "implementation": implementation}
+    for scale in (SCALE, jnp.nan, jnp.inf, 0.0):
+        links = [Link(w, residual=residual, scale=SCALE), Link(down, scale=scale)]
+        found = jax_fp8.fused_chain(x, links, **options)
+        is_nan = np.isnan(np.asarray(found[1]))
+        np.testing.assert_array_equal(is_nan.all(-1), np.isin(range(m), bad) | (scale != SCALE))
+        np.testing.assert_array_equal(is_nan.any(-1), is_nan.all(-1))
+        if implementation == "kernel":
+            want = jax_fp8.fused_chain(x, links, one_call=False, **options)
+            for got, one in zip(found, want, strict=True):
+                ref.assert_same_bits(got, one)
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 12, 2304])
 @pytest.mark.parametrize("parts", [("residual",), ("swiglu",), ("swiglu", "bias", "residual")])
-def test_codes_of_many_tiles(rng, parts):
+def test_codes_of_many_tiles(rng, m, parts):
     """Of several tiles for each thread block, whose residuals take the place of what has left."""
-    x, w, around = operands(rng, 2304, 8192, 272, parts)
+    x, w, around = operands(rng, m, 8192, 272, parts)
     k = 4096 if "swiglu" in parts else 8192
     _, narrow, _ = operands(rng, 1, 64, k, ())
     links = [Link(w, **around, scale=SCALE), Link(narrow, scale=SCALE)]
@@ -235,6 +263,20 @@ def test_one_kernel_behind_the_quantization_is_the_default(rng, recipe):
     (found,) = ran(x, w, **around, **options_of(recipe, None))
     assert found["implementation"] == "large_m"
     assert found["parts"] == "norm, quantize, product, swiglu, residual"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 8, 2304])
+def test_the_next_product_finds_its_codes_written(rng, recipe, m):
+    x, w, _ = operands(rng, m, 8192, 64, ())
+    links = [Link(w), Link(operands(rng, 1, 4096, 8192, ())[1])]
+    if recipe == "static":
+        links = [dataclasses.replace(link, scale=SCALE) for link in links]
+    jax_fp8.clear_plans()
+    jax.block_until_ready(jax_fp8.fused_chain(x, links, recipe=recipe, implementation="kernel"))
+    found = sorted(p["parts"] for p in jax_fp8.plans() if p["when"] == "run")
+    first = "product" if recipe == "static" else "quantize, product"
+    assert found == [first, "quantize, product"]
 
 
 @pytest.mark.gpu

@@ -168,6 +168,19 @@ def test_options_reach_every_operand():
         (lambda: Recipe(history=0), ValueError, "history must be an int >= 1"),
         (lambda: Recipe(update="mean"), ValueError, "unknown update 'mean'"),
         (lambda: Recipe(margin=0.5), TypeError, "margin must be an int"),
+        (lambda: Recipe(history=3), ValueError, "history and update are of delayed scaling, which"),
+        (
+            lambda: Recipe(Operand(scaling="static"), update="most_recent"),
+            ValueError,
+            "no operand has; got history 16 and update 'most_recent'",
+        ),
+        (lambda: Recipe(margin=3), ValueError, "margin is of static and delayed scaling, which no"),
+        (
+            lambda: Recipe(Operand(scaling="static"), margin=128),
+            ValueError,
+            "margin must be from -126 to 127, got 128",
+        ),
+        (lambda: named_recipe("wide", power_of_two=True), ValueError, "'wide' has no scales"),
         (
             lambda: named_recipe("rowwise", history=3),
             ValueError,

@@ -1,4 +1,4 @@
-"""The product of two operands as (batch, *rows, columns), with its gradients: the one custom_vjp.
+"""The product of two operands as (batch, *rows, columns), with its gradients.
 
 ``y = x @ w.T`` with ``x`` (M, K) and ``w`` (N, K) has the gradients ``dx = dy @ w`` and
 ``dw = dy.T @ x``. FP8 products contract the last axis of both operands, so each of them takes its

@@ -115,6 +115,9 @@ class Recipe:
             raise ValueError(f"Recipe: history must be an int >= 1, got {self.history!r}")
         if not isinstance(self.margin, int):
             raise TypeError(f"Recipe: margin must be an int, got {self.margin!r}")
+        if not -126 <= self.margin <= 127:  # What a float32 has powers of two for.
+            raise ValueError(f"Recipe: margin must be from -126 to 127, got {self.margin}")
+        _check_scaling(self)
 
     @property
     def has_state(self) -> bool:
@@ -126,6 +129,21 @@ class Recipe:
         """Whether gradients are rounded stochastically."""
         products = (self.dgrad, self.wgrad)
         return any(p and p[0] and p[0].rounding == "stochastic" for p in products)
+
+
+def _check_scaling(recipe: Recipe) -> None:
+    """Refuses options of scalings that no operand has."""
+    scalings = {o.scaling for o in (recipe.activation, recipe.weight) if o is not None}
+    if "delayed" not in scalings and (recipe.history, recipe.update) != (16, "max"):
+        raise ValueError(
+            f"Recipe: history and update are of delayed scaling, which no operand has; got"
+            f" history {recipe.history} and update {recipe.update!r}"
+        )
+    if not recipe.has_state and recipe.margin != 0:
+        raise ValueError(
+            "Recipe: margin is of static and delayed scaling, which no operand has; got margin"
+            f" {recipe.margin}"
+        )
 
 
 def _default_gradient(activation: Operand | None, other: Operand) -> Operand | None:
@@ -260,6 +278,8 @@ def named_recipe(
         raise ValueError(f"{op}: history and update are of delayed scaling, not of {name!r}")
     if margin is not None and not keeps_amaxes:
         raise ValueError(f"{op}: margin is of static and delayed scaling, not of {name!r}")
+    if base.weight is None and power_of_two:
+        raise ValueError(f"{op}: {name!r} has no scales; it has no use for power_of_two")
     if base.activation is None and (gradient_dtype is not None or stochastic_rounding):
         raise ValueError(f"{op}: {name!r} leaves gradients wide; it has no use for these options")
 
