@@ -16,12 +16,19 @@ from benchmarks import ROOT, compare, plots, results, targets, timing
 from benchmarks.registry import benchmarks
 
 
+def _by_name() -> list[str]:
+    """Those that do not run unless they are asked for."""
+    return [name for name, module in benchmarks().items() if getattr(module, "BY_NAME", False)]
+
+
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     run = commands.add_parser("run", help="measure (this is what happens without a command)")
     for options in (parser, run):
-        options.add_argument("--only", metavar="NAME,...", help=", ".join(benchmarks()))
+        which = options.add_mutually_exclusive_group()
+        which.add_argument("--only", metavar="NAME,...", help=", ".join(benchmarks()))
+        which.add_argument("--all", action="store_true", help=f"{', '.join(_by_name())} too")
         options.add_argument("--shapes", choices=("smoke", "quick", "all"), default="all")
         options.add_argument("--resume", action="store_true", help="leave out what DIR has already")
         options.add_argument("--out", type=pathlib.Path, default=results.FOLDER, metavar="DIR")
@@ -32,6 +39,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     }.items():
         command = commands.add_parser(name, help=said)
         command.add_argument("files", nargs="+", type=pathlib.Path, metavar="FILE")
+        if name == "check":
+            command.add_argument("--page", action="store_true", help="put the misses into docs")
     pair = commands.add_parser("compare", help="list what is slower than it was")
     pair.add_argument("old", type=pathlib.Path, help="a file of results, or a folder of them")
     pair.add_argument("new", type=pathlib.Path)
@@ -54,14 +63,17 @@ def _read(paths: list[pathlib.Path]) -> Iterator[tuple[pathlib.Path, dict[str, A
             yield file, results.read(file)
 
 
-def _check(paths: list[pathlib.Path]) -> int:
-    verdicts = []
+def _check(paths: list[pathlib.Path], page: bool) -> int:
+    verdicts: dict[str, list[targets.Verdict]] = {}
     for file, found in _read(paths):
         some = targets.check(found, benchmarks()[found["name"]].KEYS)
-        verdicts += some
+        verdicts.setdefault(found["environment"]["device"], []).extend(some)
         print(*some, sep="\n") if some else print(f"{file.name} has no targets")
-    missed = sum(not verdict.passed for verdict in verdicts)
-    print(f"{len(verdicts) - missed} of {len(verdicts)} targets met")
+    every = [verdict for some in verdicts.values() for verdict in some]
+    missed = sum(not verdict.passed for verdict in every)
+    print(f"{len(every) - missed} of {len(every)} targets met")
+    if page:
+        results.into_pages("missed", targets.missed(verdicts), ROOT)
     return 1 if missed else 0
 
 
@@ -111,8 +123,8 @@ def _is_done(name: str, options: argparse.Namespace) -> bool:
 
 def _run(options: argparse.Namespace) -> int:
     failed, written = 0, []
-    usual = [n for n, module in benchmarks().items() if not getattr(module, "BY_NAME", False)]
-    names = options.only or usual
+    left_out = () if options.all else _by_name()
+    names = options.only or [name for name in benchmarks() if name not in left_out]
     if options.resume:
         names = [name for name in names if not _is_done(name, options)]
     for name in tqdm(names, desc="benchmarks", unit="part", position=0):
@@ -141,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 1 when a benchmark fails, a target is missed or a figure is worse."""
     options = _parse(arguments)
     if options.command == "check":
-        return _check(options.files)
+        return _check(options.files, options.page)
     if options.command == "compare":
         return _compare(options.old, options.new, options.tolerance)
     if options.command == "plot":

@@ -20,7 +20,14 @@ REFERENCE = "copy"
 Shape = tuple[str, int, int]  # Producer, rows and columns of the result.
 
 #: Bytes of wide input and output for each element of the result, which itself takes one.
-WIDE_BYTES = {"rms_norm": 2, "rms_norm_residual": 6, "layer_norm": 2, "swiglu": 4, "gelu": 2}
+WIDE_BYTES = {
+    "rms_norm": 2,
+    "rms_norm_residual": 6,
+    "layer_norm": 2,
+    "layer_norm_residual": 6,
+    "swiglu": 4,
+    "gelu": 2,
+}
 #: The inner and the outer dimension of Llama-8B's MLP.
 _COLUMNS = {**dict.fromkeys(WIDE_BYTES, 4096), "swiglu": 14336, "gelu": 14336}
 
@@ -30,7 +37,11 @@ def _shapes(*rows: int) -> tuple[Shape, ...]:
 
 
 SHAPES: dict[str, tuple[Shape, ...]] = {
-    "smoke": (("rms_norm_residual", 3, 256), ("swiglu", 3, 128)),
+    "smoke": (
+        ("rms_norm_residual", 3, 256),
+        ("layer_norm_residual", 3, 256),
+        ("swiglu", 3, 128),
+    ),
     "quick": _shapes(1, 8192),
     "all": _shapes(1, 16, 128, 2048, 8192),
 }
@@ -55,10 +66,10 @@ def _fused(producer: str, granularity: Any, static: bool) -> Callable[..., Any]:
             return jax_fp8.swiglu_quantize(*arrays, **options)
         if producer == "gelu":
             return jax_fp8.gelu_quantize(*arrays, **options)
-        if producer == "layer_norm":
-            return jax_fp8.layer_norm_quantize(*arrays, weight, weight, **options)
-        residual = arrays[1] if len(arrays) == 2 else None
-        return jax_fp8.rms_norm_quantize(arrays[0], weight, residual=residual, **options)
+        options["residual"] = arrays[1] if len(arrays) == 2 else None
+        if producer.startswith("layer_norm"):
+            return jax_fp8.layer_norm_quantize(arrays[0], weight, weight, **options)
+        return jax_fp8.rms_norm_quantize(arrays[0], weight, **options)
 
     return call
 
@@ -75,10 +86,10 @@ def _unfused(producer: str) -> Callable[..., Any]:
         elif producer == "gelu":
             y = jax.nn.gelu(wide)
         else:
-            if producer == "layer_norm":
+            if producer.startswith("layer_norm"):
                 wide = wide - wide.mean(-1, keepdims=True)
             y = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-6) * weight
-            if producer == "layer_norm":
+            if producer.startswith("layer_norm"):
                 y = y + weight
         quantized = jax_fp8.quantize(y.astype(jnp.bfloat16), granularity="row")
         return (quantized, x) if len(arrays) == 2 else quantized

@@ -33,7 +33,7 @@ FIRST = (
     *((64, 8192, 8192), (8192, 8192, 8192), (1024, 1024, 1024)),
 )
 SHAPES: dict[str, tuple[Problem, ...]] = {
-    "smoke": ((1, 32, 64), (16, 32, 64), (16, 48, 32)),
+    "smoke": ((1, 32, 64), (16, 32, 64), (16, 48, 32), (256, 128, 256)),
     "quick": tuple((m, n, k) for n, k in LAYERS[1:3] for m in (1, 16, 128, 1024, 8192)),
     "all": (*FIRST, *((m, n, k) for n, k in LAYERS for m in (32, 256, 1024, 4096))),
 }
@@ -53,6 +53,8 @@ class Variant:
       where: "gpu", "cpu" or "any".
       everywhere: whether it is timed at each problem, or only at ``OTHERS_AT``.
       options: for XLA's compiler.
+      prepare_x: what makes x, where that is not ``prepare``.
+      least_m: the fewest rows with which it is timed.
     """
 
     name: str
@@ -62,10 +64,12 @@ class Variant:
     where: str = "gpu"
     everywhere: bool = True
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    prepare_x: operands.Prepare | None = None
+    least_m: int = 1
 
     def takes(self, problem: Problem) -> bool:
         """Whether this problem is timed: with the naive kernel, only where it is small."""
-        if self.name == "naive" and problem[0] > 128:
+        if problem[0] < self.least_m or (self.name == "naive" and problem[0] > 128):
             return False
         return self.everywhere or problem in OTHERS_AT
 
@@ -86,11 +90,20 @@ def _scaled(implementation: str | None, precision: Any = None) -> Callable[[Any,
 
 #: So that "bf16" and "f16" are cuBLAS, the best algorithm that XLA's autotuning finds.
 _CUBLAS = {"xla_gpu_enable_triton_gemm": False}
-_TENSOR, _ROW = operands.tensor, operands.row
+_TENSOR, _ROW, _BLOCK = operands.tensor, operands.row, operands.block
 VARIANTS = (
     Variant("bf16", operands.wide, _wide, "16bit", "any", options=_CUBLAS),
     Variant("fp8", _TENSOR, _scaled(None), "fp8", "any"),
     Variant("fp8_row", _ROW, _scaled(None), "fp8", "any"),
+    Variant(
+        "fp8_block",
+        _BLOCK,
+        _scaled(None),
+        "fp8",
+        "any",
+        prepare_x=operands.row_block,
+        least_m=256,
+    ),
     Variant("f16", operands.half, _wide, "16bit", "any", False, _CUBLAS),
     Variant("cublaslt", _TENSOR, _scaled("cublaslt"), "fp8", everywhere=False),
     Variant("precise", _TENSOR, _scaled("cublaslt", "highest"), "fp8", everywhere=False),
@@ -109,7 +122,7 @@ def work(problem: Problem, itemsize: int) -> tuple[float, float]:
 
 
 def _itemsize(prepare: operands.Prepare) -> int:
-    return 1 if prepare in (_TENSOR, _ROW) else 2
+    return 1 if prepare in (_TENSOR, _ROW, _BLOCK) else 2
 
 
 def _floor(problem: Problem, variant: Variant) -> float:
@@ -129,7 +142,8 @@ def _describe(problem: Problem, name: str, itemsize: int, found: Row | Exception
 def _prepare(problem: Problem, variant: Variant, weights: operands.Weights) -> timing.Chains:
     floor = _floor(problem, variant)
     rotated = weights.get(variant.prepare, timing.calls_for(floor))
-    x = jax.jit(variant.prepare)(operands.normal(0, (problem[0], problem[2])))
+    prepare_x = variant.prepare_x or variant.prepare
+    x = jax.jit(prepare_x)(operands.normal(0, (problem[0], problem[2])))
     return timing.Chains(variant.call, x, rotated, floor, variant.options)
 
 

@@ -49,6 +49,16 @@ def row(w: jax.Array) -> tuple[Any, ...]:
     return (jax_fp8.quantize(w, granularity="row"),)
 
 
+def block(w: jax.Array) -> tuple[Any, ...]:
+    """In E4M3 with a scale for each 128 x 128 elements."""
+    return (jax_fp8.quantize(w, granularity=(128, 128)),)
+
+
+def row_block(x: jax.Array) -> tuple[Any, ...]:
+    """In E4M3 with a scale for each 128 elements of a row."""
+    return (jax_fp8.quantize(x, granularity=(1, 128)),)
+
+
 def nbytes(tree: Any) -> int:
     """Of all arrays in the tree, or of what ``jax.eval_shape`` says of them."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

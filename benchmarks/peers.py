@@ -40,6 +40,8 @@ SHAPES: dict[str, tuple[Problem, ...]] = {
 MOST_CALLS = 8
 
 E4M3, LARGEST = jnp.float8_e4m3fn, 448.0
+#: Fast, as XLA accumulates in FP8 where no algorithm is named, and as the other peers do.
+PRESET = lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32_FAST_ACCUM
 _TN = (((1,), (1,)), ((), ()))  # (M, K) by (N, K)
 _NN = (((1,), (0,)), ((), ()))  # (M, K) by (K, N), as flax keeps its kernels
 
@@ -71,8 +73,10 @@ def _cast(x: jax.Array, scale: jax.Array) -> jax.Array:
     return jnp.clip(x.astype(jnp.float32) / scale, -LARGEST, LARGEST).astype(E4M3)
 
 
-def _dot(x: jax.Array, w: jax.Array, dtype: Any, dimensions: Any = _TN) -> jax.Array:
-    return lax.dot_general(x, w, dimensions, preferred_element_type=dtype)
+def _dot(
+    x: jax.Array, w: jax.Array, dtype: Any, dimensions: Any = _TN, precision: Any = None
+) -> jax.Array:
+    return lax.dot_general(x, w, dimensions, precision, dtype)
 
 
 def _bf16(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -109,6 +113,12 @@ def _raw_in_call(x: jax.Array, w: jax.Array) -> jax.Array:
 def _raw(x: jax.Array, w: jax.Array, w_scale: jax.Array) -> jax.Array:
     x_scale = _scale(x)
     return (_dot(_cast(x, x_scale), w, jnp.float32) * (x_scale * w_scale)).astype(x.dtype)
+
+
+def _raw_preset(x: jax.Array, w: jax.Array, w_scale: jax.Array) -> jax.Array:
+    x_scale = _scale(x)
+    y = _dot(_cast(x, x_scale), w, jnp.float32, precision=PRESET)
+    return (y * (x_scale * w_scale)).astype(x.dtype)
 
 
 def _raw_narrow(x: jax.Array, w: jax.Array, w_scale: jax.Array) -> jax.Array:
@@ -172,6 +182,7 @@ _PEERS = (
     Peer("xla_dequantize", "XLA: dequantize, then dot", _by_tensor, _dequantize, "xla"),
     Peer("xla_raw_in_call", "XLA: quantize both, dot, scale", _transposed, _raw_in_call, "xla"),
     Peer("xla_raw", "XLA: weights ahead, dot to f32, scale", _by_tensor, _raw, "xla"),
+    Peer("xla_raw_preset", f"XLA: the same, {PRESET}", _by_tensor, _raw_preset, "xla"),
     Peer(
         "xla_raw_narrow", "XLA: weights ahead, dot to bf16, scale", _by_tensor, _raw_narrow, "xla"
     ),

@@ -8,7 +8,7 @@ A benchmark is a module with
 - ``table(rows) -> str``: Markdown, a title and a table, which docs take, and more;
 - ``KEYS``: the fields of a row that tell the problem;
 - ``REFERENCE`` and ``FIGURES``, where they are others than none and ``("us",)``: for ``compare``;
-- ``BY_NAME``, true where it takes so long that it runs only if it is asked for.
+- ``BY_NAME``, true where it takes so long that it runs only by its name or with ``--all``.
 
 Its picture, if it has one, is in ``plots.DRAWINGS``, its targets in ``targets.CHECKS``.
 """

@@ -8,13 +8,14 @@ from typing import Any
 Row = dict[str, Any]
 Group = dict[str, Row]  # The rows of one problem by variant.
 
-#: Variants of the GEMM, in the order of the table.
+#: Variants of the GEMM, in the order of the table; those that rows have.
 GEMM_NAMES = {
     "bf16": "bf16",
     "fp8": "FP8",
     "cpp_best": "best of cublasLt",
     "fp8_row": "FP8, row scales",
     "cpp_row_best": "best of cublasLt, row scales",
+    "fp8_block": "FP8, block scales",
 }
 #: Those that are timed at few problems.
 OTHER_NAMES = {
@@ -131,16 +132,19 @@ def gemm(rows: list[Row]) -> str:
         flop, nbytes = (value(group, name, key) for key in ("tflop_per_s", "gb_per_s"))
         return f"{number(flop)} / {number(nbytes)}" if flop else "-"
 
-    names = list(GEMM_NAMES)
-    header = ["M", "N x K", *GEMM_NAMES.values()]
+    seen = {row["variant"] for row in rows}
+    names = [name for name in GEMM_NAMES if name in seen]
+    header = ["M", "N x K", *(GEMM_NAMES[name] for name in names)]
     ratios = ["fp8 of cpp_best", "fp8_row of cpp_row_best"]
+    blocks = " Sums with block scales, 1 x 128 by 128 x 128, are always precise."
     times = markdown([*header, "of best", "of best, row scales"], lines(names, time, ratios))
     parts = [
         "How many times as fast as bf16 a product of operands in FP8 is, with tensor scales / with "
         "row scales, bf16 out: device time, fast accumulation.",
         _summary(by_problem),
         'Device time of a call in us. "of best": its time over that of the fastest of all '
-        "candidates of cublasLt, called from C++, timed by turns with it.",
+        "candidates of cublasLt, called from C++, timed by turns with it."
+        + (blocks if "fp8_block" in seen else ""),
         times,
         "TFLOP/s / GB/s (fewest bytes: operands once and result once).",
         markdown(header, lines(names, rate)),

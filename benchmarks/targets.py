@@ -59,6 +59,9 @@ def _size(key: tuple[Any, ...]) -> str:
 
 def _gemm(problems: Problems, _: MemoryUs) -> Iterator[Verdict]:
     for key, group in problems.items():
+        if "naive" in group:  # What is there for GPUs without FP8 tensor cores.
+            over = tables.ratio(group, "naive", "decode")
+            yield Verdict(f"gemm {_size(key)}, naive over decode", over, 20.0, at_most=False)
         over = tables.ratio(group, "fp8", "cpp_best")
         yield Verdict(f"gemm {_size(key)}, tensor scales over cublasLt's best", over, 1.03)
         if key[0] <= 64:
@@ -207,17 +210,20 @@ def _gpt(problems: Problems, _: MemoryUs) -> Iterator[Verdict]:
         for group in found or [{}]:
             for name, most in _LOSSES.items():
                 row = group.get(name, {})
+                said = f"GPT {preset}"
+                if row:
+                    said += f", {row['steps']} steps, seed {row['seed']}"
                 over = gpt.speedup(row)
-                yield Verdict(f"GPT {preset}, bf16 over {name}", over, bound, at_most=False)
+                yield Verdict(f"{said}, bf16 over {name}", over, bound, at_most=False)
                 over = gpt.step_ratio(group, name, "flax_direct")
-                yield Verdict(f"GPT {preset}, {name} over flax's direct", over, 1.0)
+                yield Verdict(f"{said}, {name} over flax's direct", over, 1.0)
                 if preset != "100m":
                     continue
                 for figure in ("training_loss", "validation_loss"):
                     off = gpt.off_percent(group, name, figure)
-                    what = f"GPT {preset}, {name}: {figure.replace('_', ' ')} over bf16's, %"
+                    what = f"{said}, {name}: {figure.replace('_', ' ')} over bf16's, %"
                     yield Verdict(what, off, most)
-                yield Verdict(f"GPT {preset}, {name}: steps", row.get("steps"), 1000, at_most=False)
+                yield Verdict(f"{said}, {name}: steps", row.get("steps"), 1000, at_most=False)
 
 
 #: (phase, batch) -> how many times as fast as bf16 the decoder with recipe rowwise is.
@@ -294,3 +300,26 @@ def check(results: dict[str, Any], keys: tuple[str, ...]) -> list[Verdict]:
     card = results.get("environment", {}).get("device", "NVIDIA H200")
     of_card = functools.partial(memory_us, card=card)
     return list(checks(tables.groups(results["rows"], keys), of_card)) if checks else []
+
+
+def missed(verdicts: dict[str, list[Verdict]]) -> str:
+    """How many targets are met, and a table of the others, as Markdown.
+
+    Args:
+      verdicts: by card.
+    """
+    every = [verdict for some in verdicts.values() for verdict in some]
+    met = sum(verdict.passed for verdict in every)
+    lines = [
+        [
+            card.removeprefix("NVIDIA "),
+            verdict.what,
+            tables.number(verdict.figure, "{:.3f}"),
+            f"{'at most' if verdict.at_most else 'at least'} {verdict.bound:g}",
+        ]
+        for card, some in verdicts.items()
+        for verdict in some
+        if not verdict.passed
+    ]
+    title = f"{met} of {len(every)} targets are met; these are not."
+    return f"{title}\n\n{tables.markdown(['card', 'target', 'figure', 'bound'], lines)}"

@@ -16,6 +16,7 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
 from benchmarks import __main__ as program
 from benchmarks import (
     accuracy,
+    fused,
     gemm,
     host,
     mlp,
@@ -86,7 +87,8 @@ def test_a_benchmark_runs_and_comes_back(name, tmp_path, monkeypatch):
 
 def test_gemm_times_its_variants(tmp_path):
     rows, _ = run("gemm", tmp_path)
-    assert {"bf16", "fp8", "fp8_row", "naive"} <= measured(rows)
+    assert {"bf16", "fp8", "fp8_row", "fp8_block", "naive"} <= measured(rows)
+    assert {row["m"] for row in rows if row["variant"] == "fp8_block"} == {256}
     assert all(row["tflop_per_s"] > 0 and row["gb_per_s"] > 0 for row in rows if row.get("us"))
     at = {row["variant"] for row in rows if (row["m"], row["n"], row["k"]) == gemm.OTHERS_AT[0]}
     assert "naive" in at
@@ -105,7 +107,36 @@ def test_peers_compute_the_product():
     )
     if not timing.on_gpu():
         xla = [row for row in rows if row["variant"].startswith("xla")]
-        assert xla and not any(row["fp8"] for row in xla)
+        assert xla and not any(row["fp8"] for row in xla if row.get("us"))
+        assert {row["variant"] for row in xla if row.get("error")} <= {"xla_raw_preset"}
+
+
+def test_the_peer_by_preset_names_its_algorithm():
+    """A CPU refuses it, so that it is seen in what a GPU would compile."""
+    (peer,) = (peer for peer in peers._PEERS if peer.name == "xla_raw_preset")
+    x = operands.normal(0, (16, 64))
+    ahead = peer.prepare(operands.normal(1, (32, 64)))
+    lowered = jax.jit(peer.call).trace(x, *ahead).lower(lowering_platforms=("cuda",))
+    (line,) = (line for line in lowered.as_text().splitlines() if "dot_general" in line)
+    assert "allow_imprecise_accumulation = true" in line
+    assert line.count("f8E4M3FN>") == 2 and "accumulation_type = f32" in line
+    assert peer.name in peers.OTHERS
+
+
+@pytest.mark.parametrize("producer", fused.WIDE_BYTES)
+def test_a_fused_producer_is_what_it_is_compared_with(producer):
+    columns = 256 * (2 if producer == "swiglu" else 1)
+    count = 2 if producer.endswith("residual") else 1
+    arrays = [operands.normal(i, (3, columns)) for i in range(count)]
+    weight, scale = operands.normal(2, (256,)), jax.numpy.ones((1, 1))
+    ours = fused._fused(producer, "row", False)(weight, scale, *arrays)
+    theirs = fused._unfused(producer)(weight, scale, *arrays)
+    if count == 2:
+        assert (ours[1] == theirs[1]).all()
+        ours, theirs = ours[0], theirs[0]
+    ours, theirs = jax_fp8.dequantize(ours), jax_fp8.dequantize(theirs)
+    # The other rounds to bf16 in between, so that a code in 16 is another: off by an eighth.
+    assert operands.rms_error(ours, theirs) < 2**-5
 
 
 def test_blocks_of_the_mlp_agree_with_bf16():
@@ -204,10 +235,45 @@ def test_a_run_goes_on_where_it_was_cut(tmp_path, monkeypatch, capsys):
     assert calls[3:] == ["host", "accuracy"]
 
 
+@pytest.mark.parametrize(
+    "options, which",
+    [
+        ([], {"host"}),
+        (["--all"], {"host", "gpt"}),
+        (["run", "--all"], {"host", "gpt"}),
+        (["--only", "gpt"], {"gpt"}),
+    ],
+)
+def test_what_takes_long_runs_when_it_is_asked_for(options, which, tmp_path, monkeypatch):
+    ran = set()
+
+    def fake(name):
+        def run(shapes):
+            ran.add(name)
+            return [{"n": 1, "variant": "bf16", "us": 1.0}]
+
+        return run
+
+    monkeypatch.setattr(plots, "DRAWINGS", {})
+    for name, module in BENCHMARKS.items():
+        monkeypatch.setattr(module, "run", fake(name))
+        monkeypatch.setattr(module, "table", lambda rows: "title\n\n| table |")
+    assert program.main([*options, "--shapes", "smoke", "--out", str(tmp_path)]) == 0
+    assert ran & {"host", "gpt"} == which
+    if "--all" in options:
+        assert ran == BENCHMARKS.keys()
+
+
 def test_what_is_unknown_is_refused(tmp_path):
     with pytest.raises(ValueError, match="unknown among fp7"):
         gemm.run("smoke", names=("fp7",))
-    for arguments in (["--only", "fp7"], ["check"], ["compare", "one"], ["--shapes", "llama"]):
+    for arguments in (
+        ["--only", "fp7"],
+        ["--only", "gemm", "--all"],
+        ["check"],
+        ["compare", "one"],
+        ["--shapes", "llama"],
+    ):
         with pytest.raises(SystemExit):
             program.main(arguments)
     (tmp_path / "else.json").write_text("{}")
@@ -242,6 +308,14 @@ def test_table_shows_what_is_absent_as_a_dash():
     assert cells["M"] == "1" and cells["FP8"] == "100" and cells["FP8, row scales"] == "-"
     assert cells["of best"] == "1.00" and cells["of best, row scales"] == "-"
     assert tables.number(None) == "-" and tables.number(1234.5) == "1234"
+
+
+def test_table_of_the_gemm_has_the_columns_that_rows_have():
+    problem = {"m": 256, "n": 3, "k": 5}
+    rows = [{**problem, "variant": name, "us": 1.0} for name in ("bf16", "fp8")]
+    assert "block scales" not in gemm.table(rows)
+    text = gemm.table([*rows, {**problem, "variant": "fp8_block", "us": 2.0}])
+    assert text.count("FP8, block scales |") == 2 and "Sums with block scales" in text
 
 
 ROOFLINE = {
@@ -296,6 +370,8 @@ def test_each_table_is_on_one_page():
 
 @pytest.mark.parametrize("name", MARKED)
 def test_the_tables_of_the_pages_are_those_of_the_results(name, tmp_path):
+    if name == "missed":
+        pytest.skip("it is of several results")
     (path,) = results.FOLDER.glob(f"*-{name}.md")
     (tmp_path / "docs").mkdir()
     copies = {tmp_path / page.relative_to(program.ROOT): text for page, text in PAGES.items()}
@@ -303,6 +379,16 @@ def test_the_tables_of_the_pages_are_those_of_the_results(name, tmp_path):
         copy.write_text(text)
     results.into_pages(name, path.read_text(), tmp_path)
     assert {copy: copy.read_text() for copy in copies} == copies
+
+
+def test_the_targets_that_are_missed_are_those_of_the_results(monkeypatch, tmp_path):
+    said = PAGES[program.ROOT / "docs" / "speed.md"]
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").touch()
+    (tmp_path / "docs" / "speed.md").write_text(said)
+    monkeypatch.setattr(program, "ROOT", tmp_path)
+    program.main(["check", "--page", str(results.FOLDER)])
+    assert (tmp_path / "docs" / "speed.md").read_text() == said
 
 
 def test_the_readme_says_from_how_many_rows_weight_only_is_slower():
