@@ -217,7 +217,9 @@ def test_the_default_dtype_of_two_scaled_operands():
 # --- Around it ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", [None, "highest", jax.lax.Precision.DEFAULT])
+@pytest.mark.parametrize(
+    "precision", [None, "highest", jax.lax.Precision.DEFAULT, (jax.lax.Precision.HIGH,) * 2]
+)
 def test_precision_is_that_of_lax(precision):
     x = jnp.ones((4, 16))
     y = jax_fp8.dot_general(4 * x, 4 * x.T, FLAX, precision, recipe=POWERS)
@@ -268,7 +270,7 @@ def test_large_products(rng, recipe, m, n, k):
 
 # --- What is refused ------------------------------------------------------------------------------
 
-X, W = jnp.ones((4, 16)), jnp.ones((16, 8))
+X, W, B = jnp.ones((4, 16)), jnp.ones((16, 8)), jnp.ones(8)
 STOCHASTIC = jax_fp8.named_recipe("rowwise", stochastic_rounding=True)
 
 
@@ -307,6 +309,12 @@ STOCHASTIC = jax_fp8.named_recipe("rowwise", stochastic_rounding=True)
         ),
         ((X, W), {"preferred_element_type": ref.E4M3}, TypeError, "preferred_element_type must be"),
         ((X, W), {"precision": "low"}, ValueError, "dot_general: unknown precision 'low'"),
+        (
+            (X, W),
+            {"precision": jax.lax.DotAlgorithmPreset.F16_F16_F32},
+            ValueError,
+            "dot_general: unknown precision .*F16_F16_F32.* but no algorithm",
+        ),
         ((X, W), {"implementation": "fast"}, ValueError, "unknown implementation 'fast'"),
         ((X, W), {"recipe": "weight_only"}, TypeError, "takes lhs of bfloat16 or float16"),
         ((X, W), {"recipe": STOCHASTIC}, ValueError, "key must be given"),
@@ -338,14 +346,33 @@ def test_fp8_values_are_not_differentiated():
         jax.grad(loss)(wq.scale)
 
 
-def test_second_derivatives_raise():
-    def slope(x):
-        return jnp.sum(jax.grad(lambda x: jnp.sum(jax_fp8.dot_general(x, W, FLAX) ** 2))(x))
-
-    with pytest.raises(
-        NotImplementedError, match="dot_general: FP8 products have first derivatives"
-    ):
-        jax.grad(slope)(X)
+@pytest.mark.parametrize("outer", [jax.jacrev, jax.jacfwd])
+@pytest.mark.parametrize(
+    "op, operand, product",
+    [
+        ("dot_general", X, lambda x: jax_fp8.dot_general(x, W, FLAX)),
+        ("dot_general", W, lambda w: jax_fp8.dot_general(X, w, FLAX)),
+        ("einsum", X, lambda x: jax_fp8.einsum("mk,kn->mn", x, W)),
+        ("matmul", X, lambda x: jax_fp8.matmul(x, jax_fp8.quantize(W.T))),
+        (
+            "matmul",
+            X.astype(ref.BF16),
+            lambda x: jax_fp8.matmul(x, jax_fp8.quantize(W.T), recipe="weight_only"),
+        ),
+        ("matmul", B, lambda b: jax_fp8.matmul(X, jax_fp8.quantize(W.T), bias=b)),
+        (
+            "scaled_matmul",
+            B,
+            lambda b: jax_fp8.scaled_matmul(jax_fp8.quantize(X), jax_fp8.quantize(W.T), bias=b),
+        ),
+    ],
+)
+def test_second_derivatives_raise(outer, op, operand, product):
+    """Of what has derivatives, naming the operation that was called."""
+    first = jax.grad(lambda operand: jnp.sum(product(operand).astype(ref.F32) ** 2))
+    assert jnp.any(first(operand))
+    with pytest.raises(NotImplementedError, match=f"^{op}: FP8 products have first derivatives"):
+        outer(first)(operand)
 
 
 def test_stochastic_rounding_is_right_on_average(rng):

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import references as ref
 import training
-from cases import sample
+from cases import pair_id, sample
 from conftest import on_platforms, value_on_this_platform
 
 import jax_fp8
@@ -63,5 +64,78 @@ def test_einsum_refuses():
         jax_fp8.einsum("bd,df->bf", jnp.ones((4, 16)), jnp.ones((8, 8)))
     with pytest.raises(ValueError, match="has an index of lhs twice"):
         jax_fp8.einsum("dd,df->f", jnp.ones((16, 16)), jnp.ones((16, 8)))
-    with pytest.raises(TypeError, match="einsum: rhs must be a wide array"):
-        jax_fp8.einsum("bd,fd->bf", jnp.ones((4, 16)), jax_fp8.quantize(jnp.ones((8, 16))))
+    with pytest.raises(ValueError, match="einsum: unknown recipe 'fp8'"):
+        jax_fp8.einsum("bd,df->bf", jnp.ones((4, 16)), jnp.ones((16, 8)), recipe="fp8")
+    with pytest.raises(ValueError, match="einsum: unknown precision .* but no algorithm"):
+        jax_fp8.einsum("bd,df->bf", jnp.ones((4, 16)), jnp.ones((16, 8)), precision="F32_F32_F32")
+
+
+@pytest.mark.parametrize("granularity", ref.GRANULARITIES, ids=pair_id)
+@pytest.mark.parametrize(
+    "spec, of_x, of_w",
+    [
+        ("bsk,nk->bsn", (3, 5, 32), (8, 32)),
+        ("...k,nk->n...", (3, 5, 32), (8, 32)),
+        ("k,nk->n", (32,), (8, 32)),
+        ("bsk,bnk->bsn", (3, 5, 32), (3, 8, 32)),
+        ("abmk,bank->abmn", (2, 3, 5, 32), (3, 2, 8, 32)),
+    ],
+)
+def test_einsum_of_a_scaled_array(products, rng, granularity, spec, of_x, of_w):
+    """As the right and as the left operand, and the gradient of the other one."""
+    x = jnp.asarray(rng.integers(-2, 3, of_x).astype(np.float32)).at[..., 0].set(4.0)
+    w = rng.integers(-2, 3, of_w).astype(np.float32)
+    w[..., 0] = 4.0
+    w = jax_fp8.quantize(jnp.asarray(w), granularity=granularity, power_of_two=True)
+    want = np.einsum(spec, x, jax_fp8.dequantize(w))
+    options = {"preferred_element_type": jnp.float32, "recipe": POWERS, "implementation": products}
+    y, pull = jax.vjp(lambda x: jax_fp8.einsum(spec, x, w, **options), x)
+    np.testing.assert_array_equal(y, want)
+    dy = jnp.ones_like(y)
+    dx = jax.vjp(lambda x: jnp.einsum(spec, x, jax_fp8.dequantize(w)), x)[1](dy)[0]
+    assert training.cosine(pull(dy)[0], dx) > 0.997
+    inputs, result = spec.split("->")
+    mirrored = ",".join(reversed(inputs.split(","))) + "->" + result
+    np.testing.assert_array_equal(jax_fp8.einsum(mirrored, w, x, **options), want)
+
+
+def test_einsum_of_two_scaled_arrays(products, rng):
+    x, w = (jax_fp8.quantize(jnp.asarray(sample(rng, "normal", s))) for s in ((5, 32), (8, 32)))
+    options = {"preferred_element_type": jnp.float32, "implementation": products}
+    y = jax_fp8.einsum("mk,nk->nm", x, w, **options)
+    want = jax_fp8.dot_general(x, w, (((1,), (1,)), ((), ())), **options)
+    ref.assert_same_bits(y, want.T)
+
+
+@pytest.mark.parametrize(
+    "spec, of_x, of_w, message",
+    [
+        ("mk,kn->mn", (4, 16), (16, 8), r"of rhs, .*\[16, 8\], axes \(0,\) are contracted"),
+        ("bmk,nbk->bmn", (2, 4, 16), (8, 2, 16), r"of rhs, .* and \(1,\) are batch axes"),
+        ("mhk,nhk->mn", (4, 2, 16), (8, 2, 16), r"of rhs, .* axes \(1, 2\) are contracted"),
+        ("mk,nkd->mn", (4, 16), (8, 16, 2), "sums over an axis of rhs alone, .* got a ScaledArray"),
+    ],
+)
+def test_einsum_moves_no_scaled_array(spec, of_x, of_w, message):
+    with pytest.raises(ValueError, match=f"einsum: .*{message}"):
+        jax_fp8.einsum(spec, jnp.ones(of_x), jax_fp8.quantize(jnp.ones(of_w)))
+
+
+def test_einsum_does_not_differentiate_a_scaled_array():
+    w = jax_fp8.quantize(jnp.ones((8, 16)))
+
+    def loss(scale):
+        scaled = jax_fp8.ScaledArray(w.data, scale, w.granularity)
+        return jnp.sum(jax_fp8.einsum("mk,nk->mn", jnp.ones((4, 16)), scaled))
+
+    with pytest.raises(TypeError, match="einsum: a ScaledArray cannot be differentiated"):
+        jax.grad(loss)(w.scale)
+
+
+def test_einsum_takes_a_pair_of_precisions(rng):
+    x, w = (jnp.asarray(sample(rng, "normal", s)) for s in ((5, 32), (32, 8)))
+    y, want = (
+        jax_fp8.einsum("mk,kn->mn", x, w, precision=precision)
+        for precision in ((jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGHEST), "highest")
+    )
+    ref.assert_same_bits(y, want)

@@ -159,8 +159,12 @@ def test_partitioning_metadata():
         nn.with_partitioning(nn.initializers.lecun_normal(), ("a", "b")),
         nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp")),
     ):
-        for kind in ("Dense", "DenseGeneral"):
-            ours, flaxs = (getattr(m, kind)(24, kernel_init=init) for m in (fp8, nn))
+        for kind, *arguments in (
+            ("Dense", 24),
+            ("DenseGeneral", 24),
+            ("Einsum", (32, 24), "ab,bc->ac"),
+        ):
+            ours, flaxs = (getattr(m, kind)(*arguments, kernel_init=init) for m in (fp8, nn))
             ours, flaxs = ours.init(KEY, x), flaxs.init(KEY, x)
             assert jax.tree.structure(ours) == jax.tree.structure(flaxs)
             assert nn.get_partition_spec(ours) == nn.get_partition_spec(flaxs)

@@ -276,6 +276,36 @@ def test_checkpoints_move_both_ways(tmp_path):
             ref.assert_same_trees(restored, source)
 
 
+@pytest.mark.parametrize("recipe", ["delayed", "static"])
+def test_amaxes_are_not_of_flaxs_checkpoints(tmp_path, recipe):
+    ocp = pytest.importorskip("orbax.checkpoint")
+    x, model = samples((6, 32)), network(recipe)
+    ours, flaxs = model.init(KEY, x), Network(nn).init(jax.random.key(1), x)
+    assert list(flaxs) == ["params"]
+    with ocp.StandardCheckpointer() as checkpointer:
+
+        def carry(source, target, name):
+            checkpointer.save(tmp_path / name, {"params": source["params"]})
+            checkpointer.wait_until_finished()
+            target = {"params": target["params"]}
+            data = flax.serialization.to_bytes({"params": source["params"]})
+            restored = checkpointer.restore(tmp_path / name, target)
+            ref.assert_same_trees(restored, flax.serialization.from_bytes(target, data))
+            return restored
+
+        restored = carry(flaxs, ours, "flaxs")
+        ref.assert_same_trees(restored, flaxs)
+        with pytest.raises(ValueError, match="do not match"):
+            checkpointer.restore(tmp_path / "flaxs", ours)
+        _, state = model.apply(restored, x, mutable=["fp8"])  # Makes the amaxes, or calibrates.
+        trained = {**restored, **state}
+        ref.assert_same_trees(carry(trained, flaxs, "ours"), flaxs)
+    assert_same_structure(trained, ours)
+    if recipe == "delayed":
+        assert amaxes_of(state)["weight_amax"][0] == jnp.max(jnp.abs(kernel_of(flaxs)))
+    assert jnp.max(jnp.abs(model.apply(trained, x) - Network(nn).apply(flaxs, x))) < 0.3
+
+
 # --- Statistics -----------------------------------------------------------------------------------
 
 

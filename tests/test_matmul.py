@@ -202,6 +202,18 @@ def test_gradients_of_a_batch(rng):
     assert cosine(dx, np.asarray(dy) @ ref.values(w)) >= 0.997
 
 
+@pytest.mark.parametrize("wrapper", [jax.jit, jax.checkpoint], ids=["jit", "checkpoint"])
+def test_gradients_with_a_static_scale_that_is_traced(rng, wrapper):
+    x = jnp.asarray(sample(rng, "normal", (20, 64)))
+    w = operand(rng, (8, 64))
+
+    def total(x, scale):
+        return jax_fp8.matmul(x, w, scale=scale).sum()
+
+    want = jax.grad(total)(x, 0.01)
+    ref.assert_same_bits(jax.grad(wrapper(total))(x, jnp.float32(0.01)), want)
+
+
 def test_a_scaled_weight_is_not_differentiated(rng):
     w = operand(rng, (8, 32))
     total = jax.grad(lambda w: jax_fp8.matmul(X, w).sum(), allow_int=True)
@@ -218,6 +230,13 @@ def test_an_fp8_result_is_not_differentiated(rng):
 
     with pytest.raises(NotImplementedError, match="matmul: an FP8 result has no gradient"):
         jax.grad(total)(X)
+
+    def total_by_scale(scale):
+        y = jax_fp8.matmul(X, w, preferred_element_type=ref.E4M3, output_scale=scale)
+        return jax_fp8.dequantize(y).sum()
+
+    with pytest.raises(NotImplementedError, match="matmul: an FP8 result has no gradient"):
+        jax.grad(total_by_scale)(1.0)
 
 
 def test_recipes_that_need_more_than_matmul_takes(rng):

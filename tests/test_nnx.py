@@ -150,9 +150,14 @@ def test_metadata():
     options = {"kernel_init": init, "bias_metadata": {"out_sharding": ("b",), "mark": 1}}
     mesh = jax.make_mesh((1, 1), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     with jax.set_mesh(mesh):
-        for kind in ("Linear", "LinearGeneral"):
+        for kind, *arguments in (
+            ("Linear", 32, 8),
+            ("LinearGeneral", 32, 8),
+            ("Einsum", "ab,bc->ac", (32, 8), (8,)),
+        ):
             ours, flaxs = (
-                getattr(module, kind)(32, 8, **options, rngs=nnx.Rngs(0)) for module in (fp8, nnx)
+                getattr(module, kind)(*arguments, **options, rngs=nnx.Rngs(0))
+                for module in (fp8, nnx)
             )
             for name in ("kernel", "bias"):
                 one, other = getattr(ours, name), getattr(flaxs, name)

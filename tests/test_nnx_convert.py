@@ -67,8 +67,10 @@ def test_where_decides_alone():
     "name, is_wide",
     [("head", True), ("lm_head", True), ("Logits", True), ("logits_dense", True), ("heads", True),
      ("classifier", True), ("patch_embed", True), ("embedding_out", True), ("unembed", True),
-     ("classification_head", True), ("out", False), ("output", False), ("query", False),
-     ("multihead", False), ("headroom", False), ("overhead", False)],
+     ("classification_head", True), ("output_head", True), ("logitdense", True), ("logit", True),
+     ("output", True), ("output_layer", True), ("output_projection", True), ("out", False),
+     ("out_proj", False), ("output_gate", False), ("query", False), ("multihead", False),
+     ("headroom", False), ("overhead", False), ("logit_scale", False)],
 )  # fmt: skip
 def test_embeddings_and_heads_by_name(name, is_wide):
     for layers in (
@@ -77,6 +79,16 @@ def test_embeddings_and_heads_by_name(name, is_wide):
     ):
         model = nnx.Dict(other=nnx.Linear(4, 4, rngs=nnx.Rngs(0)), **layers)
         assert (len(recipes_of(fp8.convert(model))) == 1) == is_wide
+
+
+def test_output_is_a_head_only_on_top():
+    def inner():
+        dense = nnx.Dict(dense=nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+        return nnx.Dict(output=nnx.Linear(4, 4, rngs=nnx.Rngs(0)), attention=nnx.Dict(output=dense))
+
+    model = nnx.Dict(layers=nnx.List([inner()]), **inner())
+    want = {"layers/0/output", "layers/0/attention/output/dense", "attention/output/dense"}
+    assert set(recipes_of(fp8.convert(model))) == want
 
 
 def test_rules():
@@ -89,6 +101,11 @@ def test_rules():
         **{f"blocks/{i}/mlp/{name}": "delayed" for i in (0, 1) for name in ("up", "down")},
         "lm_head": "delayed",
     }
+    # A pattern that is found everywhere takes heads as well, but for a rule before it.
+    model = fp8.convert(transformer(), recipe=[(".*", "rowwise")])
+    assert set(recipes_of(model)) == {*all_layers(), "lm_head"}
+    model = fp8.convert(transformer(), recipe=[("head$", None), (".*", "rowwise")])
+    assert set(recipes_of(model)) == all_layers()
     # With where as well, both decide.
     model = fp8.convert(transformer(), lambda path, layer: path[1] == 1, [("mlp", "blockwise")])
     assert recipes_of(model) == dict.fromkeys(["blocks/1/mlp/down", "blocks/1/mlp/up"], "blockwise")

@@ -255,6 +255,34 @@ def test_checkpoints_move_both_ways(tmp_path):
         carry(quantized, fp8.quantize(Model(), recipe="rowwise"), "quantized")
 
 
+@pytest.mark.parametrize("recipe", ["delayed", "static"])
+def test_amaxes_are_not_of_flaxs_checkpoints(tmp_path, recipe):
+    ocp = pytest.importorskip("orbax.checkpoint")
+
+    def flaxs(seed):
+        norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))  # Has more than parameters.
+        return nnx.Dict(layer=nnx.Linear(32, 24, rngs=nnx.Rngs(seed)), norm=norm)
+
+    def shared(model):
+        return nnx.state(model, nnx.Not(fp8.ScalingVariable))
+
+    ours, plain, x = fp8.convert(flaxs(0), recipe=recipe), flaxs(1), samples((6, 32))
+    with ocp.StandardCheckpointer() as checkpointer:
+        for name, source, target in (("flaxs", plain, ours), ("ours", ours, flaxs(2))):
+            checkpointer.save(tmp_path / name, shared(source))
+            checkpointer.wait_until_finished()
+            nnx.update(target, checkpointer.restore(tmp_path / name, shared(target)))
+            ref.assert_same_trees(shared(target), nnx.state(plain))
+        with pytest.raises(ValueError, match="do not match"):
+            checkpointer.restore(tmp_path / "flaxs", nnx.state(ours))
+    product = fp8.convert(ours, recipe=recipe)["layer"].dot_general
+    if recipe == "static":
+        fp8.calibrate(ours, [x], lambda model, x: model["layer"](x))
+    else:
+        assert product.weight_amax[0] == jnp.max(jnp.abs(plain["layer"].kernel[...]))
+    assert jnp.max(jnp.abs(ours["layer"](x) - plain["layer"](x))) < 0.3
+
+
 def test_pure_dicts_move_both_ways():
     ours, flaxs = linear("rowwise"), nnx.Linear(32, 24, rngs=nnx.Rngs(1))
     state = nnx.state(ours)

@@ -1,5 +1,7 @@
 """scaled_matmul as a function: what it takes, refuses and returns."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +53,9 @@ def test_spellings_of_an_output_scale(implementation, rng, output_scale):
         (Precision.HIGHEST, "precise"),
         ("HIGHEST", "precise"),
         ("float32", "precise"),
+        ((Precision.DEFAULT, Precision.DEFAULT), "fast"),
+        ((Precision.DEFAULT, Precision.HIGHEST), "precise"),
+        (["high", "default"], "precise"),
     ],
     ids=str,
 )
@@ -136,9 +141,23 @@ def test_another_implementation_raises(x, w):
     refuses(ValueError, message, x, w, implementation="triton")
 
 
-def test_another_precision_raises(x, w):
-    message = "unknown precision 'bf16'; accepted are None, DEFAULT"
-    refuses(ValueError, message, x, w, precision="bf16")
+@pytest.mark.parametrize(
+    "precision",
+    [
+        "bf16",
+        1,
+        ("high", "bf16"),
+        ("high",) * 3,
+        [["high"], "high"],
+        "BF16_BF16_F32",
+        jax.lax.DotAlgorithmPreset.BF16_BF16_F32,
+        jax.lax.DotAlgorithm(np.float32, np.float32, np.float32),
+    ],
+    ids=str,
+)
+def test_another_precision_raises(x, w, precision):
+    message = re.escape(f"unknown precision {precision!r}; accepted are None, DEFAULT, HIGH,")
+    refuses(ValueError, f"{message} .* a pair of them, but no algorithm", x, w, precision=precision)
 
 
 def test_another_output_dtype_raises(x, w):

@@ -58,6 +58,7 @@ def dot_general(
       dimension_numbers: as in ``jax.lax.dot_general``:
         ``((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))``.
       precision: None and DEFAULT accumulate the forward product fast; HIGH and HIGHEST in float32.
+        Of a pair the more precise one counts; an algorithm of lax is refused.
       preferred_element_type: of the result: float32, bfloat16 or float16. None is what the dtypes
         of the wide operands promote to, bfloat16 where there are none.
       out_sharding: as in ``jax.lax.dot_general``.
@@ -76,8 +77,9 @@ def dot_general(
 
     Raises:
       TypeError: for dtypes other than these, and for dimension numbers that do not fit.
-      ValueError: for an unknown recipe or implementation, a state or key that the recipe needs or
-        has no use for, or a PreparedWeight of another recipe or other axes.
+      ValueError: for an unknown recipe, precision or implementation, a state or key that the recipe
+        needs or has no use for, a PreparedWeight of another recipe or other axes, or a ScaledArray
+        whose axes would have to move.
       NotImplementedError: for what the named implementation cannot do on any device, and for second
         derivatives.
 
@@ -89,7 +91,38 @@ def dot_general(
     >>> jax.grad(loss)(w)[0, :3].tolist()
     [4.0, 4.0, 4.0]
     """
-    op = "dot_general"
+    return dot_general_of(
+        "dot_general",
+        lhs,
+        rhs,
+        dimension_numbers,
+        precision,
+        preferred_element_type,
+        out_sharding=out_sharding,
+        recipe=recipe,
+        state=state,
+        key=key,
+        probe=probe,
+        implementation=implementation,
+    )
+
+
+def dot_general_of(
+    op: str,
+    lhs: Any,
+    rhs: Any,
+    dimension_numbers: DimensionNumbers,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    *,
+    out_sharding: Any = None,
+    recipe: str | Recipe = "tensorwise",
+    state: ScalingState | None = None,
+    key: Any = None,
+    probe: HealthProbe | None = None,
+    implementation: str | None = None,
+) -> Any:
+    """``dot_general`` as a part of ``op``, the operation that errors name."""
     recipe = get_recipe(op, recipe)
     lhs, rhs = check_operand(op, "lhs", lhs), check_operand(op, "rhs", rhs)
     (contract, batch), shape = _check_dimensions(op, lhs, rhs, dimension_numbers)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from opt_einsum.parser import parse_einsum_input
 
-from jax_fp8._src.dot_general import check_operand, dot_general
-from jax_fp8._src.scaled_array import ScaledArray, describe
+from jax_fp8._src.dot_general import check_operand, dot_general_of
+from jax_fp8._src.scaled_array import ScaledArray
 
 
 def einsum(spec: str, lhs: Any, rhs: Any, *, out_sharding: Any = None, **options: Any) -> Any:
@@ -18,8 +19,9 @@ def einsum(spec: str, lhs: Any, rhs: Any, *, out_sharding: Any = None, **options
     Args:
       spec: subscripts as ``"...d,df->...f"``. An index that one operand alone has, and the result
         has not, is summed over before the product; one that an operand has twice is refused.
-      lhs: the activation, a wide array.
-      rhs: the weight, a wide array or a PreparedWeight.
+      lhs: the activation: a wide array, or a ScaledArray that lies as its product takes it: axes
+        that stay in a batch in front, and as its last the one axis that is summed over.
+      rhs: the weight: likewise, or a PreparedWeight.
       out_sharding: as in ``jax.numpy.einsum``.
       **options: those of ``dot_general``: ``precision``, ``preferred_element_type``, ``recipe``,
         ``state``, ``key``, ``probe``, ``implementation``.
@@ -28,33 +30,29 @@ def einsum(spec: str, lhs: Any, rhs: Any, *, out_sharding: Any = None, **options
       As ``dot_general``.
 
     Raises:
-      TypeError: for a ScaledArray, whose axes are those of ``dot_general``.
-      ValueError: for subscripts that do not fit two operands. Otherwise as ``dot_general``.
+      ValueError: for subscripts that do not fit two operands, and for a ScaledArray that they would
+        transpose or sum over alone. Otherwise as ``dot_general``.
 
     >>> import jax.numpy as jnp, jax_fp8
     >>> jax_fp8.einsum("bsd,df->bsf", jnp.ones((2, 3, 16)), jnp.ones((16, 4))).shape
     (2, 3, 4)
     """
-    for name, x in (("lhs", lhs), ("rhs", rhs)):
-        if isinstance(x, ScaledArray):
-            raise TypeError(
-                f"einsum: {name} must be a wide array, got {describe(x)}; dot_general"
-                " also takes ScaledArrays"
-            )
-    lhs, rhs = check_operand("einsum", "lhs", lhs), check_operand("einsum", "rhs", rhs)
-    return einsum_by(dot_general, spec, lhs, rhs, out_sharding=out_sharding, **options)
+    op = "einsum"
+    lhs, rhs = check_operand(op, "lhs", lhs), check_operand(op, "rhs", rhs)
+    multiply = functools.partial(dot_general_of, op)
+    return einsum_by(multiply, spec, lhs, rhs, out_sharding=out_sharding, **options)
 
 
 def einsum_by(
     multiply: Callable[..., Any],
     spec: str,
-    lhs: jax.Array,
+    lhs: Any,
     rhs: Any,
     *,
     out_sharding: Any = None,
     **options: Any,
 ) -> Any:
-    """``einsum`` by any function of dot_general's arguments; ``rhs`` need only have a shape."""
+    """``einsum`` by any function of dot_general's arguments; operands need only have a shape."""
     inputs, result, _ = parse_einsum_input((spec, lhs.shape, rhs.shape), shapes=True)
     left, right = inputs.split(",")
     for name, labels in (("lhs", left), ("rhs", right), ("the result", result)):
@@ -67,9 +65,11 @@ def einsum_by(
                 f"einsum: {spec!r} has index {label!r} of size {sizes[label]} in lhs {lhs.shape}"
                 f" and of {size} in rhs {rhs.shape}"
             )
-    lhs, left = _sum_out(spec, lhs, left, right + result)
-    rhs, right = _sum_out(spec, rhs, right, left + result)
-    shared = [label for label in left if label in right]
+    lhs, left = _sum_out(spec, "lhs", lhs, left, right + result)
+    rhs, right = _sum_out(spec, "rhs", rhs, right, left + result)
+    # The batch axes of a ScaledArray stay where they are: those of the other operand move.
+    first, second = (right, left) if isinstance(rhs, ScaledArray) else (left, right)
+    shared = [label for label in first if label in second]
     batch = [label for label in shared if label in result]
     contract = [label for label in shared if label not in result]
 
@@ -89,12 +89,12 @@ def einsum_by(
     return (y, *state) if state else y
 
 
-def _sum_out(spec: str, x: Any, labels: str, others: str) -> tuple[Any, str]:
+def _sum_out(spec: str, name: str, x: Any, labels: str, others: str) -> tuple[Any, str]:
     """Sums over the axes that no one else has."""
     alone = tuple(i for i, label in enumerate(labels) if label not in others)
     if alone and not isinstance(x, jax.Array):
         raise ValueError(
-            f"einsum: {spec!r} sums over an axis of the weight alone, which only wide values allow,"
+            f"einsum: {spec!r} sums over an axis of {name} alone, which only wide values allow,"
             f" got a {type(x).__name__}"
         )
     kept = "".join(label for label in labels if label in others)

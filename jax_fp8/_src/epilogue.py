@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jax_fp8._src.placement import placed
+from jax_fp8._src.undifferentiable import only_once
 
 NOT_DIFFERENTIABLE = (
     "a ScaledArray cannot be differentiated, since FP8 values have no gradient worth the name:"
@@ -37,14 +38,15 @@ def with_gradients(
     refusal: str | None = None,
     placements: tuple[Any, Any] = (None, None),
 ) -> Callable[..., Any]:
-    """``(x, w, bias) -> y``, differentiable in a wide ``x`` and in the bias.
+    """``(x, w, bias, scales) -> y``, differentiable in a wide ``x`` and in the bias.
 
     When it is differentiated, the product is rounded to its dtype before the activation, whose
     gradient needs it, and not after alone.
 
     Args:
       op: the operation, for messages.
-      run: ``(activation, x, w, bias) -> y``, ``w`` a ScaledArray, ``x`` one or wide.
+      run: ``(activation, x, w, bias, scales) -> y``, ``w`` a ScaledArray, ``x`` one or wide. The
+        scales are what else may be traced: what ``run`` closes over cannot be, under jit and grad.
       activation: of ``run``.
       input_gradient: ``(dz, w, dtype) -> dx`` for a wide ``x``; None where it is a ScaledArray.
       refusal: why there is no gradient at all, or None.
@@ -52,18 +54,18 @@ def with_gradients(
     """
 
     @jax.custom_vjp
-    def call(x: Any, w: Any, bias: Any) -> Any:
-        return run(activation, x, w, bias)
+    def call(x: Any, w: Any, bias: Any, scales: Any) -> Any:
+        return run(activation, x, w, bias, scales)
 
     def forward(*primals: Any) -> Any:
-        x, w, bias = jax.tree.map(lambda p: p.value, primals, is_leaf=is_primal)
+        x, w, bias, scales = jax.tree.map(lambda p: p.value, primals, is_leaf=is_primal)
         moved = jax.tree.map(lambda p: p.perturbed, primals, is_leaf=is_primal)
         constants = moved[1] if input_gradient else moved[:2]
         if any(jax.tree.leaves(constants)):
             raise TypeError(f"{op}: {NOT_DIFFERENTIABLE}")
         if refusal:
             raise NotImplementedError(f"{op}: {refusal}")
-        z = run(None, x, w, bias)
+        z = only_once(op, functools.partial(run, None))(x, w, bias, scales)
         # Of x and the bias their dtypes alone are needed. A scalar says that x has no gradient,
         # for the number of residuals must not depend on it.
         of_x = bool(input_gradient and moved[0])
@@ -74,7 +76,7 @@ def with_gradients(
     def backward(residuals: Any, dy: Any) -> Any:
         z, w, like, like_bias = residuals
         if isinstance(dy, SymbolicZero):
-            return None, None, None
+            return None, None, None, None
         dz = dy
         if activation:
             _, pull = jax.vjp(functools.partial(activate, activation=activation), z)
@@ -85,7 +87,7 @@ def with_gradients(
         if like_bias is not None:
             total = dz.astype(jnp.float32).sum(tuple(range(dz.ndim - 1)))
             dbias = placed(total.astype(like_bias.dtype), placements[1])
-        return dx, None, dbias
+        return dx, None, dbias, None
 
     call.defvjp(forward, backward, symbolic_zeros=True)
     return call

@@ -111,7 +111,8 @@ def matmul(
         scale = lax.stop_gradient(static_scale(op, scale, x.shape, operand.granularity))
     out_dtype = x.dtype if preferred_element_type is None else preferred_element_type
 
-    def run(activation: str | None, x: jax.Array, w: ScaledArray, bias: Any) -> Any:
+    def run(activation: str | None, x: jax.Array, w: ScaledArray, bias: Any, scales: Any) -> Any:
+        scale, output_scale = scales
         return multiply(
             op,
             _quantize(x, operand, scale, implementation),
@@ -139,7 +140,7 @@ def matmul(
         refusal=refusal,
         placements=(placement(x), None if bias is None else placement(bias)),
     )
-    return differentiable(x, w, bias)
+    return differentiable(x, w, bias, (scale, output_scale))
 
 
 def _activation(

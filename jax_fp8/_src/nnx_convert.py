@@ -20,9 +20,10 @@ Where = Callable[[Path, Any], bool]
 Rules = Sequence[tuple[str, str | Recipe | None]]
 
 #: Names of layers that stay wide where nothing else is said: embeddings and output heads.
-_WIDE = re.compile(
-    r"\w*(embed|classifier)\w*|(\w+_)?(head|heads|logits)(_(dense|layer|proj|projection))?", re.I
-)
+_ENDING = "(_?(dense|layer|proj|projection))?"
+_WIDE = re.compile(rf"\w*(embed|classifier)\w*|(\w+_)?(head|heads|logits?){_ENDING}", re.I)
+#: Likewise, where no module holds the layer: attention's projection may have this name too.
+_WIDE_ON_TOP = re.compile(f"output{_ENDING}", re.I)
 
 
 def path_name(path: Path) -> str:
@@ -51,7 +52,8 @@ def products_of(model: Any) -> list[tuple[Path, DotGeneral]]:
 def is_inner(path: Path, layer: Any) -> bool:
     """Whether a layer is neither an embedding nor an output head, by its name."""
     names = [part for part in path if isinstance(part, str)]
-    return not (names and _WIDE.fullmatch(names[-1]))
+    on_top = len(names) == 1 and _WIDE_ON_TOP.fullmatch(names[0])
+    return not (on_top or (names and _WIDE.fullmatch(names[-1])))
 
 
 def select(
@@ -107,12 +109,14 @@ def convert(
       model: an nnx Module, or a tree of them.
       where: ``(path, layer) -> bool``, with paths as ``nnx.iter_graph`` has them; it alone decides.
         None takes all but embeddings and output heads, which are told by the last name of the path:
-        one with ``embed`` or ``classifier`` in it, or ``head`` or ``logits``, also with a prefix
-        as in ``lm_head``. Models that number their layers have no such names.
+        one with ``embed`` or ``classifier`` in it, or ``head`` or ``logits``, also as in
+        ``lm_head`` and ``logits_dense``; or ``output``, of a layer of the model's own and not of
+        a module in it. Models that number their layers have no such names.
       recipe: a name, a ``jax_fp8.Recipe``, or None, which makes FP8 layers wide again. Or rules: a
         list of (regular expression, recipe or None), of which the first that is found anywhere in
         the path, as in ``"blocks/0/attention/query"``, decides. Layers that no rule is for are left
-        as they are. Rules decide alone, over heads too, but where ``where`` is given as well.
+        as they are. Rules decide alone, over embeddings and heads too, but where ``where`` is given
+        as well: put ``("head$", None)`` before a pattern that is found in all paths.
       implementation: of the products, as in ``jax_fp8.dot_general``.
       rngs: for recipes with stochastic rounding, as in ``DotGeneral``.
 

@@ -31,6 +31,7 @@ from jax_fp8._src.quantize import dequantize
 from jax_fp8._src.recipe import Backward, Operand, Recipe
 from jax_fp8._src.scaled_array import ScaledArray
 from jax_fp8._src.scaled_matmul import multiply
+from jax_fp8._src.undifferentiable import only_once
 from jax_fp8._src.wide_product import multiply_wide
 
 #: The names of what the forward pass leaves, for policies of ``jax.checkpoint``.
@@ -194,7 +195,7 @@ def _forward(config: ProductConfig, *primals: Any) -> Any:
         if any(jax.tree.leaves((side.forward, side.backward))):
             raise TypeError(f"{config.op}: {NOT_DIFFERENTIABLE}")
     needed = bool(perturbed[0].wide), bool(perturbed[1].wide)
-    run = _only_once(config.op, functools.partial(_run, config, needed))
+    run = only_once(config.op, functools.partial(_run, config, needed))
     y, x, w = run(x, w, scales)
     measured = None if values[4] is None else _measure(config, x, w)
     kept = (
@@ -203,20 +204,6 @@ def _forward(config: ProductConfig, *primals: Any) -> Any:
     )
     kept = checkpoint_name(kept, RESIDUAL)
     return (checkpoint_name(y, PRODUCT), (x.amax, w.amax)), (*kept, key, measured)
-
-
-def _only_once(op: str, rule: Any) -> Any:
-    """A part of the rule for gradients, which says that it has none of its own."""
-    once = jax.custom_vjp(rule)
-
-    def refuse(*operands: Any) -> Any:
-        raise NotImplementedError(
-            f"{op}: FP8 products have first derivatives only; the gradient of one was"
-            " differentiated again"
-        )
-
-    once.defvjp(refuse, refuse)
-    return once
 
 
 def _kept(pair: Backward | None, side: Side, needed: bool) -> Side:
@@ -267,7 +254,7 @@ def _backward(config: ProductConfig, residuals: Any, cotangents: Any) -> Any:
 @functools.cache
 def _gradients(config: ProductConfig) -> Any:
     """``(residuals, dy) -> (dx, dw, probe)``."""
-    return _only_once(config.op, functools.partial(_compute_gradients, config))
+    return only_once(config.op, functools.partial(_compute_gradients, config))
 
 
 def _compute_gradients(config: ProductConfig, residuals: Any, dy: jax.Array) -> Any:

@@ -168,20 +168,23 @@ def _operation(config: CallConfig) -> Any:
     def _vmap(axis_size: int, in_batched: list[bool], *operands: jax.Array) -> Any:
         return batch_product(_operation, config, axis_size, in_batched, operands)
 
-    return undifferentiable(
-        batched,
-        "scaled_matmul: its FP8 operands cannot be differentiated, nor its gradients again",
-    )
+    return undifferentiable(batched, "scaled_matmul: its FP8 operands cannot be differentiated")
 
 
 def precision_is_fast(op: str, precision: Any) -> bool:
-    name = precision.name.lower() if isinstance(precision, lax.Precision) else precision
-    if isinstance(name, str):
-        name = name.lower()
-    if name not in _FAST:
-        accepted = "None, DEFAULT, HIGH or HIGHEST"
-        raise ValueError(f"{op}: unknown precision {precision!r}; accepted are {accepted}")
-    return _FAST[name]
+    """Whether ``precision`` lets sums be fast; of a pair, whether both do."""
+    is_pair = isinstance(precision, tuple | list) and len(precision) == 2
+    names = [
+        one.name if isinstance(one, lax.Precision) else one
+        for one in (precision if is_pair else (precision,))
+    ]
+    names = [name.lower() if isinstance(name, str) else name for name in names]
+    if not all(isinstance(name, str | None) and name in _FAST for name in names):
+        raise ValueError(
+            f"{op}: unknown precision {precision!r}; accepted are None, DEFAULT, HIGH, HIGHEST or a"
+            " pair of them, but no algorithm, which names other arithmetic than FP8 products have"
+        )
+    return all(_FAST[name] for name in names)
 
 
 def check_shapes(op: str, x: Any, w: ScaledArray) -> int:
@@ -335,8 +338,9 @@ def scaled_matmul(
         own tanh, which is off by up to 2^-11 of its value).
       preferred_element_type: of the result: bfloat16, float16, float32, or an FP8 type.
       precision: None and DEFAULT accumulate fast, in the tensor cores' own accumulator, whose
-        error grows with K; HIGH and HIGHEST promote the sums to float32. It is read by Ada and
-        Hopper GPUs; elsewhere sums are always precise.
+        error grows with K; HIGH and HIGHEST promote the sums to float32. Of a pair the more
+        precise one counts; an algorithm of lax is refused. It is read by Ada and Hopper GPUs;
+        elsewhere sums are always precise.
       output_scale: the float32 scalar ``s`` for FP8 output, whose data is the result divided by
         ``s``. Needed for an FP8 result and for no other.
       return_amax: also return the amax of an FP8 result before it is divided and rounded. An
@@ -354,8 +358,8 @@ def scaled_matmul(
       TypeError: for operands that are no ScaledArrays, or unsupported dtypes; when a ScaledArray
         is differentiated.
       ValueError: for shapes, scales or options that do not fit.
-      NotImplementedError: for what the named implementation cannot do on any device, and when an
-        FP8 result is differentiated.
+      NotImplementedError: for what the named implementation cannot do on any device, when an FP8
+        result is differentiated, and for second derivatives.
       jax.errors.JaxRuntimeError: for what the named implementation cannot do on this device.
 
     >>> import jax.numpy as jnp, jax_fp8
@@ -369,7 +373,9 @@ def scaled_matmul(
     check_scaled_array(op, "w", w)
     batch_dims = check_shapes(op, x, w)
 
-    def run(activation: str | None, x: ScaledArray, w: ScaledArray, bias: Any) -> Any:
+    def run(
+        activation: str | None, x: ScaledArray, w: ScaledArray, bias: Any, output_scale: Any
+    ) -> Any:
         return multiply(
             op,
             x,
@@ -388,4 +394,4 @@ def scaled_matmul(
     bias = None if bias is None else jnp.asarray(bias)
     placements = None, None if bias is None else placement(bias)
     differentiable = with_gradients(op, run, activation, refusal=refusal, placements=placements)
-    return differentiable(x, w, bias)
+    return differentiable(x, w, bias, output_scale)
