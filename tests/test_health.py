@@ -24,23 +24,49 @@ def stats_in_numpy(x, operand):
     }
 
 
+@pytest.mark.parametrize("rows", [(40,), (5, 8)], ids=str)
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "blockwise"])
-def test_statistics_of_all_three_operands(rng, recipe):
+def test_statistics_of_all_operands(rng, recipe, rows):
     x, w, dy = (sample(rng, "heavy", s) for s in ((40, 272), (272, 136), (40, 136)))
+    dims = (((len(rows),), (0,)), ((), ()))
 
     def loss(x, w, probe):
-        return jnp.sum(jax_fp8.dot_general(x, w, FLAX, recipe=recipe, probe=probe) * dy)
+        y = jax_fp8.dot_general(x, w, dims, recipe=recipe, probe=probe)
+        return jnp.sum(y * dy.reshape(y.shape))
 
-    _, _, probe = jax.jit(jax.grad(loss, (0, 1, 2)))(x, w, jax_fp8.health_probe())
+    gradients = jax.jit(jax.grad(loss, (0, 1, 2)))
+    _, _, probe = gradients(x.reshape(*rows, -1), w, jax_fp8.health_probe())
     found = jax_fp8.summarize(probe)
     full = jax_fp8.named_recipe(recipe)
-    for name, (values, operand) in {
+    expected = {
         "activation": (x, full.activation),
         "weight": (w.T, full.weight),
         "gradient": (dy, full.dgrad[0]),
-    }.items():
+        "wgrad_activation": (x.T, full.wgrad[1]),
+        "dgrad_weight": (w, full.dgrad[1]),
+        "wgrad_gradient": (dy.T, full.wgrad[0]),
+    }
+    if recipe == "tensorwise":  # Whose transposed copies have the same codes.
+        expected = dict(list(expected.items())[:3])
+    if recipe == "blockwise":
+        del expected["dgrad_weight"]
+    assert list(found) == list(expected)
+    for name, (values, operand) in expected.items():
         want = stats_in_numpy(values, operand)
         assert found[name] == pytest.approx(want, rel=1e-4), name
+
+
+def test_of_one_gradient_alone(rng):
+    """Copies that no gradient takes are not made, and the gradient is that of one product."""
+    x, w = (jnp.asarray(sample(rng, "normal", s)) for s in ((40, 64), (64, 32)))
+
+    def loss(x, w, probe):
+        return jnp.sum(jax_fp8.dot_general(x, w, FLAX, recipe="rowwise", probe=probe) ** 2)
+
+    first = ["activation", "weight", "gradient"]
+    for argument, name in ((0, "dgrad_weight"), (1, "wgrad_activation")):
+        probe = jax.grad(loss, (argument, 2))(x, w, jax_fp8.health_probe())[1]
+        assert list(jax_fp8.summarize(probe)) == [*first, name]
 
 
 def test_counting_changes_no_number(rng):

@@ -46,13 +46,24 @@ class HealthProbe:
       activation: of the forward product's activation.
       weight: of its weight.
       gradient: of the gradient that comes back, as the first product that takes it quantizes it.
+      wgrad_activation: of the activation as the weight's gradient takes it.
+      dgrad_weight: of the weight as the activation's gradient takes it.
+      wgrad_gradient: of the gradient as the weight's gradient takes it.
 
-    An operand that stays wide, or was quantized elsewhere, has zeros.
+    An operand that stays wide, or was quantized elsewhere, has zeros; so has one of the last three
+    that has the codes of the one before, transposed.
     """
 
     activation: OperandStats
     weight: OperandStats
     gradient: OperandStats
+    wgrad_activation: OperandStats
+    dgrad_weight: OperandStats
+    wgrad_gradient: OperandStats
+
+
+#: Their names, in this order.
+OPERANDS = tuple(field.name for field in dataclasses.fields(HealthProbe))
 
 
 def no_stats() -> OperandStats:
@@ -72,7 +83,7 @@ def health_probe() -> HealthProbe:
     >>> jax_fp8.summarize(stats)["weight"]["amax"]
     1.0
     """
-    return HealthProbe(no_stats(), no_stats(), no_stats())
+    return HealthProbe(*(no_stats() for _ in OPERANDS))
 
 
 def _saturation(dtype: Any) -> float:
@@ -106,18 +117,18 @@ def summarize(stats: HealthProbe) -> dict[str, dict[str, float]]:
       stats: a HealthProbe of scalars.
 
     Returns:
-      For ``"activation"``, ``"weight"`` and ``"gradient"``, those that were quantized: ``amax``
-      (the mean over calls), ``saturated`` and ``flushed`` (of 1), and ``snr_db``, ten times the
+      By the names of the probe's operands, of those that were quantized: ``amax`` (the mean over
+      calls), ``saturated`` and ``flushed`` (of 1), and ``snr_db``, ten times the
       decimal logarithm of signal over noise.
     """
     found = {}
-    for field in dataclasses.fields(HealthProbe):
-        s = jax.tree.map(np.asarray, getattr(stats, field.name))
+    for name in OPERANDS:
+        s = jax.tree.map(np.asarray, getattr(stats, name))
         if s.calls == 0:
             continue
         with np.errstate(divide="ignore", invalid="ignore"):
             snr_db = float(10 * np.log10(np.float64(s.signal) / np.float64(s.noise)))
-        found[field.name] = {
+        found[name] = {
             "amax": float(s.amax / s.calls),
             "saturated": float(s.saturated / max(s.size, 1)),
             "flushed": float(s.flushed / max(s.size, 1)),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Mapping
 
+from jax_fp8._src.health import OPERANDS
+
 PANELS = {
     "amax": ("largest magnitude", "log"),
     "saturated": ("share that saturated", "linear"),
@@ -36,11 +38,7 @@ def plot_health(
     except ImportError as error:
         raise ImportError("plot_health needs matplotlib: pip install matplotlib") from error
     layers = list(stats)
-    operands = [
-        name
-        for name in ("activation", "weight", "gradient")
-        if any(name in found for found in stats.values())
-    ]
+    operands = [name for name in OPERANDS if any(name in found for found in stats.values())]
     figure = Figure(figsize=(4 + 0.25 * len(layers), 9), layout="constrained")
     for axes, (key, (said, scale)) in zip(
         figure.subplots(len(PANELS), 1, sharex=True), PANELS.items(), strict=True

@@ -29,7 +29,7 @@ from jax_fp8._src.partition import vary_alike
 from jax_fp8._src.placement import Outcome, placed, placement_of_product, whole
 from jax_fp8._src.quantize import dequantize
 from jax_fp8._src.recipe import Backward, Operand, Recipe
-from jax_fp8._src.scaled_array import ScaledArray
+from jax_fp8._src.scaled_array import BLOCK, ScaledArray
 from jax_fp8._src.scaled_matmul import multiply
 from jax_fp8._src.undifferentiable import only_once
 from jax_fp8._src.wide_product import multiply_wide
@@ -231,13 +231,35 @@ def _is_kept(side: Side) -> bool:
 
 
 def _measure(config: ProductConfig, x: Side, w: Side) -> Any:
+    """Of both operands, as they lie in the forward product; and of their copies for gradients."""
+
     def stats(index: int, side: Side) -> Any:
         if side.forward is None or side.wide is None:
             return no_stats()
         wide = side.wide if config.contract_last[index] else side.wide.mT
         return stats_of(wide, side.forward)
 
-    return stats(0, x), stats(1, w)
+    def stats_of_copy(index: int, side: Side, forward: Any, pair: Backward | None) -> Any:
+        if side.backward is None or side.wide is None or pair is None or _alike(forward, pair[1]):
+            return no_stats()
+        wide = turn(side.wide) if config.contract_last[index] else side.wide
+        return stats_of(wide, side.backward)
+
+    recipe = config.recipe
+    return (
+        stats(0, x),
+        stats(1, w),
+        stats_of_copy(0, x, recipe.activation, recipe.wgrad),
+        stats_of_copy(1, w, recipe.weight, recipe.dgrad),
+    )
+
+
+def _alike(straight: Operand | None, transposed: Operand | None) -> bool:
+    """Whether both layouts have the same codes."""
+    return straight == transposed and (
+        straight is None
+        or (straight.granularity in ("tensor", (BLOCK, BLOCK)) and straight.rounding == "nearest")
+    )
 
 
 # --- Backward -------------------------------------------------------------------------------------
@@ -287,12 +309,15 @@ def _compute_gradients(config: ProductConfig, residuals: Any, dy: jax.Array) -> 
         dw = dw if config.placements is None else placed(dw, config.placements[1])
     probe = None
     if measured is not None:
-        gradient = no_stats()
+        gradient = other = no_stats()
         if straight is not None:
             gradient = stats_of(dy_x, straight)
-        elif transposed is not None:
-            gradient = stats_of(turn(dy_w), transposed)
-        probe = HealthProbe(measured[0], measured[1], gradient)
+        if transposed is not None and not (straight is not None and _alike(of_dgrad, of_wgrad)):
+            other = stats_of(turn(dy_w), transposed)
+        if straight is None:
+            gradient, other = other, no_stats()
+        activation, weight, wgrad_activation, dgrad_weight = measured
+        probe = HealthProbe(activation, weight, gradient, wgrad_activation, dgrad_weight, other)
     return dx, dw, probe
 
 
