@@ -17,7 +17,7 @@ REFERENCE = "bf16"
 FIGURES = ("step_ms", "validation_loss")
 BY_NAME = True
 _RECIPES = ("bf16", "rowwise", "tensorwise", "blockwise", "delayed", "static", "flax_direct")
-_100M = ("bf16", "bf16_again", *_RECIPES[1:])
+_100M = ("bf16", "bf16_again", *_RECIPES[1:], "weight_only")
 #: Presets, with the recipes and, where it is not the preset's, the number of steps.
 SHAPES: dict[str, tuple[tuple[str, tuple[str, ...], int | None], ...]] = {
     "smoke": (("tiny", ("rowwise",), 4),),

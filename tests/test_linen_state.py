@@ -156,6 +156,21 @@ def test_static_scales():
     assert not jnp.any(gradient["fp8"]["DotGeneral_0"]["activation_amax"])
 
 
+@pytest.mark.parametrize(
+    "name, options", [("static", {}), ("delayed", {"history": 4, "update": "most_recent"})]
+)
+def test_scales_with_a_margin_and_a_history(name, options):
+    recipe = jax_fp8.named_recipe(name, margin=1, **options)
+    layer, x = fp8.Dense(24, use_bias=False, recipe=recipe), samples((6, 32))
+    variables = layer.init(KEY, x)
+    kernel = variables["params"]["kernel"]
+    _, state = layer.apply(variables, x, mutable=["fp8"])
+    found = layer.apply({**variables, **state}, x)
+    largest = [2 * float(jnp.max(jnp.abs(a))) for a in (x, kernel)]  # By the margin.
+    amaxes = (largest[0], largest[1] if name == "delayed" else None)
+    assert_product(found, "mk,kn->mn", x, kernel, amaxes=amaxes)
+
+
 # --- Stochastic rounding --------------------------------------------------------------------------
 
 

@@ -131,6 +131,21 @@ def test_static_and_delayed_scales_are_kept():
     assert_product(layer(x), "mk,kn->mn", x, kernel, amaxes=(2 * largest, None))
 
 
+def test_scales_with_a_margin_and_a_history():
+    """Of which products without such scales, while one calibrates or after it, have none."""
+    x = samples((6, 32))
+    static = fp8.calibrate(linear(jax_fp8.named_recipe("static", margin=1)), [x])
+    recipe = jax_fp8.named_recipe("delayed", history=4, update="most_recent", margin=1)
+    delayed = linear(recipe)
+    delayed(x)
+    delayed.eval()
+    largest = 2 * float(jnp.max(jnp.abs(x)))  # By the margin.
+    for layer in (static, delayed):
+        kernel = layer.kernel[...]
+        fp8.quantize(layer)
+        assert_product(layer(x), "mk,kn->mn", x, kernel, amaxes=(largest, None))
+
+
 def test_a_model():
     model, tokens = Model(2, scanned=True), some_tokens()
     want = nnx.jit(loss_of)(model, tokens)

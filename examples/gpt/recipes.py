@@ -28,7 +28,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 NAMES = (BF16, BF16_AGAIN, *OPTIONS, FLAX)
 #: Those that are trained if none are named.
-DEFAULT = (BF16, BF16_AGAIN, "rowwise", "tensorwise", "blockwise", "delayed", "static", FLAX)
+DEFAULT = (
+    *(BF16, BF16_AGAIN, "rowwise", "tensorwise", "blockwise", "delayed", "static"),
+    *("weight_only", FLAX),
+)
 #: Steps. Activations grow as a model learns, and static scales know of it by calibration alone.
 CALIBRATED_EVERY = 50
 

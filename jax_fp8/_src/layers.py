@@ -29,12 +29,19 @@ def with_dynamic_scales(recipe: Recipe, *, activation: bool = True, weight: bool
     def change_pair(pair: Any, wanted: bool) -> Any:
         return pair and (pair[0], change(pair[1], wanted))
 
+    operands = change(recipe.activation, activation), change(recipe.weight, weight)
+    scalings = {operand.scaling for operand in operands if operand}
+    # Recipes refuse options that none of their operands has a use for.
+    is_delayed, keeps_amaxes = "delayed" in scalings, bool(scalings - {"dynamic"})
     return dataclasses.replace(
         recipe,
-        activation=change(recipe.activation, activation),
-        weight=change(recipe.weight, weight),
+        activation=operands[0],
+        weight=operands[1],
         dgrad=change_pair(recipe.dgrad, weight),
         wgrad=change_pair(recipe.wgrad, activation),
+        history=recipe.history if is_delayed else Recipe.history,
+        update=recipe.update if is_delayed else Recipe.update,
+        margin=recipe.margin if keeps_amaxes else Recipe.margin,
     )
 
 

@@ -134,12 +134,14 @@ class Recipe:
 def _check_scaling(recipe: Recipe) -> None:
     """Refuses options of scalings that no operand has."""
     scalings = {o.scaling for o in (recipe.activation, recipe.weight) if o is not None}
-    if "delayed" not in scalings and (recipe.history, recipe.update) != (16, "max"):
+    if "delayed" not in scalings and (
+        recipe.history != Recipe.history or recipe.update != Recipe.update
+    ):
         raise ValueError(
             f"Recipe: history and update are of delayed scaling, which no operand has; got"
             f" history {recipe.history} and update {recipe.update!r}"
         )
-    if not recipe.has_state and recipe.margin != 0:
+    if not recipe.has_state and recipe.margin != Recipe.margin:
         raise ValueError(
             "Recipe: margin is of static and delayed scaling, which no operand has; got margin"
             f" {recipe.margin}"
