@@ -208,11 +208,12 @@ def _gpt(problems: Problems, _: MemoryUs) -> Iterator[Verdict]:
     for preset, bound in _GPT_SPEEDUPS.items():
         found = [group for key, group in problems.items() if key[0] == preset]
         for group in found or [{}]:
+            said = f"GPT {preset}"
+            if group:
+                one = next(iter(group.values()))
+                said += f", {one['steps']} steps, seed {one['seed']}"
             for name, most in _LOSSES.items():
                 row = group.get(name, {})
-                said = f"GPT {preset}"
-                if row:
-                    said += f", {row['steps']} steps, seed {row['seed']}"
                 over = gpt.speedup(row)
                 yield Verdict(f"{said}, bf16 over {name}", over, bound, at_most=False)
                 over = gpt.step_ratio(group, name, "flax_direct")

@@ -308,8 +308,7 @@ def health(
       **kwargs: of ``module.apply``, as ``rngs`` and ``method``.
 
     Returns:
-      By the path of each ``DotGeneral``, what ``jax_fp8.summarize`` tells of its activation, weight
-      and gradient.
+      By the path of each ``DotGeneral``, what ``jax_fp8.summarize`` tells of its operands.
 
     Raises:
       ValueError: for a model without FP8 products.

@@ -56,6 +56,19 @@ def test_statistics_of_all_operands(rng, recipe, rows):
         assert found[name] == pytest.approx(want, rel=1e-4), name
 
 
+def test_stochastic_copies_have_the_same_codes(rng):
+    """Of one scale both layouts are one rounding."""
+    x, w = (jnp.asarray(sample(rng, "normal", s)) for s in ((40, 64), (64, 32)))
+    recipe = jax_fp8.named_recipe("tensorwise", stochastic_rounding=True)
+
+    def loss(x, w, probe):
+        options = {"recipe": recipe, "key": jax.random.key(0), "probe": probe}
+        return jnp.sum(jax_fp8.dot_general(x, w, FLAX, **options) ** 2)
+
+    probe = jax.grad(loss, (0, 1, 2))(x, w, jax_fp8.health_probe())[2]
+    assert list(jax_fp8.summarize(probe)) == ["activation", "weight", "gradient"]
+
+
 def test_of_one_gradient_alone(rng):
     """Copies that no gradient takes are not made, and the gradient is that of one product."""
     x, w = (jnp.asarray(sample(rng, "normal", s)) for s in ((40, 64), (64, 32)))

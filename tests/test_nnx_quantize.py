@@ -146,6 +146,17 @@ def test_scales_with_a_margin_and_a_history():
         assert_product(layer(x), "mk,kn->mn", x, kernel, amaxes=(largest, None))
 
 
+def test_a_history_of_the_weight_alone():
+    """Its own is gone with the wide weight; the activation has none, and keeps its amax."""
+    operands = jax_fp8.Operand(scaling="static"), jax_fp8.Operand(scaling="delayed")
+    layer, x = linear(jax_fp8.Recipe(*operands, history=4)), samples((6, 32))
+    fp8.calibrate(layer, [2 * x])
+    kernel = layer.kernel[...]
+    fp8.quantize(layer)
+    largest = 2 * float(jnp.max(jnp.abs(x)))
+    assert_product(layer(x), "mk,kn->mn", x, kernel, amaxes=(largest, None))
+
+
 def test_a_model():
     model, tokens = Model(2, scanned=True), some_tokens()
     want = nnx.jit(loss_of)(model, tokens)

@@ -146,6 +146,48 @@ print(message_of(replicated, put(wide, mesh), put(scales, mesh, "a")))
         assert printed.strip() == "no error"
 
 
+def test_gradients_of_what_devices_share():
+    """In shard_map: a bias, an x that is multiplied by parts of w, and a probe."""
+    run(
+        """
+        mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+        x = rng.standard_normal((8 * 16, 32)).astype(np.float32)
+        w = jax_fp8.quantize(rng.standard_normal((8 * 4, 32)).astype(np.float32), granularity="row")
+        bias = rng.standard_normal(8 * 4).astype(np.float32)
+
+        def check(loss, parts, shared, divided):
+            # The gradient of what is shared, which is a sum over the devices.
+            def local(shared, divided):
+                return jax.lax.psum(loss(shared, divided), "d")
+
+            sharded = jax.shard_map(local, mesh=mesh, in_specs=(P(), P("d")), out_specs=P())
+            got = jax.jit(jax.grad(sharded))(shared, divided)
+            each = [jax.grad(loss)(shared, part) for part in parts]
+            total = jax.tree.map(lambda *leaves: sum(leaves), *each)
+            for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(total), strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)
+
+        xs = np.split(x, 8)
+        check(lambda b, x: jnp.sum(jax_fp8.matmul(x, w, bias=b) ** 2), xs, bias, x)
+
+        def of_codes(b, x):
+            q = jax_fp8.quantize(jax.lax.stop_gradient(x), granularity="row")
+            return jnp.sum(jax_fp8.scaled_matmul(q, w, bias=b, preferred_element_type="f4") ** 2)
+
+        check(of_codes, xs, bias, x)
+        ws = [jax.tree.map(lambda leaf: leaf[4 * i : 4 * i + 4], w) for i in range(8)]
+        check(lambda x, w: jnp.sum(jax_fp8.matmul(x, w) ** 2), ws, x, w)
+        kernel = rng.standard_normal((32, 24)).astype(np.float32)
+
+        def counted(probe, x):
+            dims = (((1,), (0,)), ((), ()))
+            return jnp.sum(jax_fp8.dot_general(x, kernel, dims, recipe="rowwise", probe=probe))
+
+        check(counted, xs, jax_fp8.health_probe(), x)
+        """
+    )
+
+
 @pytest.mark.parametrize("recipe", ["rowwise", "blockwise"])
 def test_gradients_in_shard_map(recipe):
     """Data parallel: each device's product has scales of its own, and dw is a sum over devices."""

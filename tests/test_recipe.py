@@ -176,11 +176,12 @@ def test_options_reach_every_operand():
         ),
         (lambda: Recipe(margin=3), ValueError, "margin is of static and delayed scaling, which no"),
         (
-            lambda: Recipe(Operand(scaling="static"), margin=128),
+            lambda: Recipe(Operand(scaling="static"), margin=65),
             ValueError,
-            "margin must be from -126 to 127, got 128",
+            "margin must be from -64 to 64, got 65",
         ),
         (lambda: named_recipe("wide", power_of_two=True), ValueError, "'wide' has no scales"),
+        (lambda: named_recipe("weight_only", wide_wgrad=True), ValueError, "is wide, wide_wgrad"),
         (
             lambda: named_recipe("rowwise", history=3),
             ValueError,

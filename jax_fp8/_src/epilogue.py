@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from jax_fp8._src.partition import on_alike
 from jax_fp8._src.placement import placed
 from jax_fp8._src.undifferentiable import only_once
 
@@ -90,7 +91,7 @@ def with_gradients(
         return dx, None, dbias, None
 
     call.defvjp(forward, backward, symbolic_zeros=True)
-    return call
+    return on_alike(call)
 
 
 def is_primal(node: Any) -> bool:

@@ -51,7 +51,7 @@ class HealthProbe:
       wgrad_gradient: of the gradient as the weight's gradient takes it.
 
     An operand that stays wide, or was quantized elsewhere, has zeros; so has one of the last three
-    that has the codes of the one before, transposed.
+    whose codes are those of the activation, weight or gradient, transposed.
     """
 
     activation: OperandStats

@@ -19,8 +19,8 @@ Path = tuple[Any, ...]
 Where = Callable[[Path, Any], bool]
 Rules = Sequence[tuple[str, str | Recipe | None]]
 
-#: Names of layers that stay wide where nothing else is said: embeddings and output heads.
 _ENDING = "(_?(dense|layer|proj|projection))?"
+#: Names of layers that stay wide where nothing else is said: embeddings and output heads.
 _WIDE = re.compile(rf"\w*(embed|classifier)\w*|(\w+_)?(head|heads|logits?){_ENDING}", re.I)
 #: Likewise, where no module holds the layer: attention's projection may have this name too.
 _WIDE_ON_TOP = re.compile(f"output{_ENDING}", re.I)

@@ -89,7 +89,7 @@ def health(
 
     Returns:
       By the path of each layer, with an index where layers are stacked, what ``jax_fp8.summarize``
-      tells of its activation, weight and gradient.
+      tells of its operands.
 
     Raises:
       ValueError: for a model without FP8 products.

@@ -89,8 +89,11 @@ def _keep_amax(new: DotGeneral, old: DotGeneral | None) -> None:
     """Takes over the amaxes of activations that are scaled in the same way."""
     if old is None or new.activation_amax is None or old.activation_amax is None:
         return
-    same = dataclasses.replace(new.recipe, margin=0), dataclasses.replace(old.recipe, margin=0)
-    if same[0].activation == same[1].activation and same[0].history == same[1].history:
+    operand = new.recipe.activation
+    has_history = operand is not None and operand.scaling == "delayed"
+    if operand == old.recipe.activation and (
+        not has_history or new.recipe.history == old.recipe.history
+    ):
         new.activation_amax = nnx.data(ScalingVariable(old.activation_amax[...]))
     new.use_running_average = old.use_running_average
 

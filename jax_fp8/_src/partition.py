@@ -167,6 +167,20 @@ def vary_alike(operands: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
+def on_alike(call: Callable[..., Any]) -> Callable[..., Any]:
+    """``call``, of trees of operands that vary alike.
+
+    The gradient of one that is the same on all devices of a manual axis is a sum over them, which
+    the transpose of this cast is.
+    """
+
+    def run(*operands: Any) -> Any:
+        leaves, tree = jax.tree.flatten(operands)
+        return call(*jax.tree.unflatten(tree, vary_alike(tuple(leaves))))
+
+    return run
+
+
 def partition(local: Callable[..., Any], rule: Callable[..., Rule]) -> Callable[..., Any]:
     """Wraps the single-device function ``local`` for use on meshes.
 

@@ -25,7 +25,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax_fp8._src.epilogue import NOT_DIFFERENTIABLE, is_primal
 from jax_fp8._src.health import HealthProbe, no_stats, stats_of
 from jax_fp8._src.layouts import quantize_layouts, transpose, turn
-from jax_fp8._src.partition import vary_alike
+from jax_fp8._src.partition import on_alike, vary_alike
 from jax_fp8._src.placement import Outcome, placed, placement_of_product, whole
 from jax_fp8._src.quantize import dequantize
 from jax_fp8._src.recipe import Backward, Operand, Recipe
@@ -102,15 +102,7 @@ def product(config: ProductConfig) -> Any:
         functools.partial(_backward, config),
         symbolic_zeros=True,
     )
-    call = jax.jit(differentiable, inline=True)
-
-    def varying(*operands: Any) -> Any:
-        # A gradient of an operand that is the same on all devices of a manual axis is a sum over
-        # them, which the transpose of this cast is.
-        leaves, tree = jax.tree.flatten(operands)
-        return call(*jax.tree.unflatten(tree, vary_alike(tuple(leaves))))
-
-    return varying
+    return on_alike(jax.jit(differentiable, inline=True))
 
 
 # --- Forward --------------------------------------------------------------------------------------
@@ -257,8 +249,7 @@ def _measure(config: ProductConfig, x: Side, w: Side) -> Any:
 def _alike(straight: Operand | None, transposed: Operand | None) -> bool:
     """Whether both layouts have the same codes."""
     return straight == transposed and (
-        straight is None
-        or (straight.granularity in ("tensor", (BLOCK, BLOCK)) and straight.rounding == "nearest")
+        straight is None or straight.granularity in ("tensor", (BLOCK, BLOCK))
     )
 
 
@@ -318,6 +309,8 @@ def _compute_gradients(config: ProductConfig, residuals: Any, dy: jax.Array) -> 
             gradient, other = other, no_stats()
         activation, weight, wgrad_activation, dgrad_weight = measured
         probe = HealthProbe(activation, weight, gradient, wgrad_activation, dgrad_weight, other)
+        leaves, tree = jax.tree.flatten(probe)  # Zeros too are to vary as the probe does.
+        probe = jax.tree.unflatten(tree, vary_alike((*leaves, dy))[:-1])
     return dx, dw, probe
 
 

@@ -115,8 +115,8 @@ class Recipe:
             raise ValueError(f"Recipe: history must be an int >= 1, got {self.history!r}")
         if not isinstance(self.margin, int):
             raise TypeError(f"Recipe: margin must be an int, got {self.margin!r}")
-        if not -126 <= self.margin <= 127:  # What a float32 has powers of two for.
-            raise ValueError(f"Recipe: margin must be from -126 to 127, got {self.margin}")
+        if not -64 <= self.margin <= 64:  # Beyond, scales of usual amaxes leave float32's range.
+            raise ValueError(f"Recipe: margin must be from -64 to 64, got {self.margin}")
         _check_scaling(self)
 
     @property
@@ -280,6 +280,8 @@ def named_recipe(
         raise ValueError(f"{op}: history and update are of delayed scaling, not of {name!r}")
     if margin is not None and not keeps_amaxes:
         raise ValueError(f"{op}: margin is of static and delayed scaling, not of {name!r}")
+    if base.wgrad is None and wide_wgrad:
+        raise ValueError(f"{op}: the weight gradient of {name!r} is wide, wide_wgrad or not")
     if base.weight is None and power_of_two:
         raise ValueError(f"{op}: {name!r} has no scales; it has no use for power_of_two")
     if base.activation is None and (gradient_dtype is not None or stochastic_rounding):
