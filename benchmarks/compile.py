@@ -28,7 +28,7 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     "quick": ((2048, 4096, 4096),),
     "all": ((2048, 4096, 4096),),
 }
-REPEATS = {"smoke": 1, "quick": 1}
+REPEATS = {"smoke": 1, "quick": 1, "all": 3}
 
 #: Name in the rows -> (what the process runs, whether cublasLt's algorithms are chosen already).
 VARIANTS: dict[str, tuple[str, bool]] = {
@@ -114,7 +114,7 @@ def run(shapes: str = "all") -> list[Row]:
         for shape in SHAPES[shapes]:
             for name in VARIANTS:
                 bar.set_postfix_str(f"{' x '.join(map(str, shape))} {name}")
-                rows.append(_measure(shape, name, REPEATS.get(shapes, 1)))
+                rows.append(_measure(shape, name, REPEATS[shapes]))
                 bar.update()
     return rows
 

@@ -70,6 +70,9 @@ def off_percent(group: tables.Group, name: str, figure: str) -> float | None:
     return 100 * (ours / bf16 - 1) if bf16 and ours else None
 
 
+_AGAIN = " `bf16 again` starts from weights 2**-22 larger: what it is off is chance."
+
+
 def _said(row: Row) -> str:
     return (
         f"{row['preset']}: {row['parameters'] / 1e6:.0f}M parameters, {row['layers']} layers of"
@@ -127,11 +130,12 @@ def table(rows: list[Row]) -> str:
     measured = [row for row in rows if row.get("step_ms") is not None]
     groups = list(tables.groups(measured, KEYS).values())
     problems = list(dict.fromkeys(_said(next(iter(group.values()))) for group in groups))
+    again = any("bf16_again" in group for group in groups)
     title = (
         "A GPT on the bytes of Python's standard library, with the same weights and batches for"
         " each recipe. Losses in nats a byte: the mean over the last tenth of the steps, and of"
-        " files that are held out. `bf16 again` starts from weights 2**-22 larger: what it is off"
-        " is chance. The median step in ms, how many times as fast as bf16's, the"
+        f" files that are held out.{_AGAIN if again else ''} The median step in ms, how many times as"
+        " fast as bf16's, the"
         " layers that a recipe converts alone (values and gradients; their share of the step), and"
         f" the GiB that XLA allocates for a step beside the state. {'; '.join(problems)}."
     )

@@ -26,25 +26,40 @@ __device__ inline void wait_for_kernel_in_front() {
 // another, each may start while the last that does not still runs: before its wait a kernel reads
 // what none of these writes. A kernel that was compiled for devices before Hopper, and so does not
 // wait, does not start early on a later one either.
+//
+// `cluster`: how many blocks along x make a cluster, more than one only where devices have them.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch_kernel(void (*kernel)(Parameters...), bool follows, dim3 grid, dim3 block,
-                          int bytes, cudaStream_t stream, const Arguments&... arguments) {
+cudaError_t launch_clusters(void (*kernel)(Parameters...), bool follows, int cluster, dim3 grid,
+                            dim3 block, int bytes, cudaStream_t stream,
+                            const Arguments&... arguments) {
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  }
   cudaFuncAttributes compiled{};
-  const bool waits = follows && cudaFuncGetAttributes(&compiled, kernel) == cudaSuccess &&
-                     compiled.ptxVersion >= 90;
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  if (follows && cudaFuncGetAttributes(&compiled, kernel) == cudaSuccess &&
+      compiled.ptxVersion >= 90) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = static_cast<size_t>(bytes);
   config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = waits ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (error != cudaSuccess) cudaGetLastError();  // Told here, and no longer to whoever asks next.
   return error;
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), bool follows, dim3 grid, dim3 block,
+                          int bytes, cudaStream_t stream, const Arguments&... arguments) {
+  return launch_clusters(kernel, follows, 1, grid, block, bytes, stream, arguments...);
 }
 
 }  // namespace jax_fp8

@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(kMaxThreads) row_kernel(Quantize q) {
     threads *= cluster.num_blocks();
   }
 #endif
-  if (row >= q.batch * q.rows) return;  // A whole warp.
+  if (row >= q.batch * q.rows) return;       // A whole warp.
+  if (clustered && q.follows) let_follow();  // Blocks are small: there is room beside them.
   wait_for_kernel_in_front();
   const int64_t start = row * q.cols, rest = (packs * threads + thread) * V::width;
   typename V::Pack held[packs];
@@ -109,14 +110,15 @@ bool is_measured(const Quantize& q) { return q.given == nullptr || q.amax != nul
 
 // The constants are what was fastest on an H200: blocks of about 256 threads that load as soon as
 // they start; clusters, which cost 0.6 us, where a block cannot hold a row, and where there are so
-// few rows that most of the device would idle.
+// few rows that most of the device would idle. Behind a product of few rows they cost nothing, as
+// they start before it has ended: there shorter rows are spread too.
 Spread spread(const Quantize& q) {
   const int64_t packs = ceil_div(q.cols, pack_width(q)), rows = q.batch * q.rows;
   const bool single = pack_width(q) == 1;
   if (packs <= 128) return {32, single ? 8 : (packs <= 64 ? 2 : 4), 1};
   int cluster = 1, sms = 0;
   bool few = false;
-  if (packs > 2048 && is_measured(q) && has_clusters()) {
+  if (packs > (q.follows ? 1023 : 2048) && is_measured(q) && has_clusters()) {
     few = device_attribute(cudaDevAttrMultiProcessorCount, &sms) == cudaSuccess &&
           rows * kMaxCluster <= sms;
     const int64_t needed = packs <= 4096 ? 1 : ceil_div(packs, 2048);
@@ -135,19 +137,7 @@ cudaError_t launch(const Quantize& q, const Spread& spread, cudaStream_t stream)
   const int64_t blocks = ceil_div(q.batch * q.rows, rows_a_block) * spread.cluster;
   const dim3 grid(static_cast<unsigned>(blocks)), block(spread.threads, rows_a_block);
   const auto kernel = row_kernel<V, packs, clustered>;
-  if (!clustered) return launch_kernel(kernel, q.follows, grid, block, 0, stream, q);
-  // Of rows beyond 2048 packs (16384 values of 16 bits), where an early start was not measured.
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = spread.cluster;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, q);
+  return launch_clusters(kernel, q.follows, spread.cluster, grid, block, 0, stream, q);
 }
 
 }  // namespace

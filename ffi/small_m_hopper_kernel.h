@@ -203,7 +203,10 @@ __global__ void __launch_bounds__(kThreads)
   let_follow();
   constexpr int all_packs = kGroups * kMostXQuantizing * kChunk / fused::kWidth;
   [[maybe_unused]] RowOfBlock<kThreads, (all_packs + kThreads - 1) / kThreads> own_x_row;
-  if (quantizes && !follows) own_x_row.load(p);  // Ahead of all of W, for it is there already.
+  if (quantizes && !follows) {  // Ahead of all of W, for it is there already.
+    own_x_row.load_row(p);
+    own_x_row.load_weights(p);
+  }
   const int first_slots = quantizes ? 0 : min(own_rounds, x_slots);
   const int early_slots = min(first_slots, 2);
   if (group < kGroups) {
@@ -236,8 +239,9 @@ __global__ void __launch_bounds__(kThreads)
              half * (kXChunk / 2) + k % (kChunk / 2);
     };
     if (follows) {
+      own_x_row.load_weights(p);
       wait_for_kernel_in_front();
-      own_x_row.load(p);
+      own_x_row.load_row(p);
     }
     own_scale = own_x_row.template quantize<kChunk>(p, codes_at);
     hopper::copy_out_fence();  // The tensor cores read as the copy engine does.
@@ -249,11 +253,11 @@ __global__ void __launch_bounds__(kThreads)
     const int row = thread % kTileRows, first_m = thread % 128 / kTileRows;
     const bool is_up = p.swiglu && row >= kTileRows / 2;
     float x_scales[columns / 4], largest = 0.0f;
-    const float codes_inverse = p.codes != nullptr ? inverse_scale(*p.codes_scale) : 0.0f;
     if (lane == 0) {
       for (int slot = early_slots; slot < first_slots; ++slot) copy_x(slot, slot);
     }
     __syncwarp();
+    const float codes_inverse = p.codes != nullptr ? inverse_scale(*p.codes_scale) : 0.0f;
 #pragma unroll
     for (int i = 0; i < columns / 4; ++i) {
       const int m = first_m + 4 * i;

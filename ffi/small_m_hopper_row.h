@@ -15,15 +15,18 @@ namespace {
 template <int threads, int packs>
 class RowOfBlock {
  public:
-  __device__ void load(const Product& p) {
-    const int k_size = static_cast<int>(p.k);
+  __device__ void load_weights(const Product& p) {
+#pragma unroll
+    for (int i = 0; i < packs; ++i) {
+      if (p.norm_weight != nullptr && k_of(i) < p.k) weights_[i].load(p.norm_weight + k_of(i));
+    }
+  }
+  __device__ void load_row(const Product& p) {
     const auto* const row = reinterpret_cast<const __nv_bfloat16*>(p.x.data);
 #pragma unroll
     for (int i = 0; i < packs; ++i) {
       x_[i] = {};
-      if (k_of(i) >= k_size) continue;
-      x_[i].load(row + k_of(i));
-      if (p.norm_weight != nullptr) weights_[i].load(p.norm_weight + k_of(i));
+      if (k_of(i) < p.k) x_[i].load(row + k_of(i));
     }
   }
 

@@ -56,16 +56,19 @@ run_sanitize() {
   : >"$out/sanitize.log"
   for tool in memcheck racecheck initcheck synccheck; do
     # initcheck does not see what the copy engine writes, which is how the Hopper kernels of decode and
-    # of fused_matmul's many rows store 16-bit results: the copies of those to the host are left out.
+    # of fused_matmul's many rows store 16-bit results: the copies of those to the host are left out,
+    # and so are chains of many rows, where another kernel reads them.
     # cublasLt apart: over its kernels the compute-sanitizer of CUDA 13.0 crashes more often than not,
     # and more often where they run in captured graphs, so XLA makes none here.
-    for what in quantize cast_transpose fused fused_matmul small_m decode naive cublaslt; do
+    for what in quantize cast_transpose fused fused_matmul many_rows small_m decode naive cublaslt; do
       # Where there are no such barriers, their table would only take the memory.
       options=()
       case $tool-$what in
         racecheck-small_m | racecheck-decode | racecheck-cublaslt | \
-          synccheck-small_m | synccheck-decode | synccheck-cublaslt | synccheck-fused_matmul)
+          synccheck-small_m | synccheck-decode | synccheck-cublaslt | synccheck-fused_matmul | \
+          synccheck-many_rows)
           options=(--num-cuda-barriers 20000) ;;
+        initcheck-many_rows) continue ;;
         initcheck-decode | initcheck-fused_matmul) options=(--check-api-memory-access no) ;;
       esac
       # The platform's allocator makes one allocation of each buffer, so that an access beyond a

@@ -4,8 +4,8 @@ A program for compute-sanitizer, which makes kernels many times slower:
 
   compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitize.py [WHAT ...]
 
-WHAT is "quantize", "cast_transpose", "fused", "fused_matmul" (which has the chains too) or an
-implementation of the product; all of them if nothing is said.
+WHAT is "quantize", "cast_transpose", "fused", "fused_matmul" (which has chains of few rows too),
+"many_rows" (in chains) or an implementation of the product; all of them if nothing is said.
 It exits with 1 when a number is wrong. On a CPU it runs the loops of the host.
 """
 
@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import references as ref
 from sanitize_fused import (
-    check_codes,
     check_fused,
     check_fused_chain,
     check_fused_matmul,
     check_many_rows,
+    check_up_and_down,
 )
 
 import jax_fp8
@@ -47,6 +47,9 @@ WIDE_SHAPES = (
     (60, 24584, 80),
     (100, 4200, 80),
 )
+# Of chains: rows, the columns of a SwiGLU's result, K. Some are quantized by clusters.
+FEW, MANY = ((1, 48, 144), (12, 8208, 272)), ((40, 48, 144), (300, 8752, 272))
+RECIPES = ("rowwise", "static")
 GRANULARITIES = (("tensor", "tensor"), ("row", "row"), ("tensor", "row"), ref.BLOCKS)
 BIASES = (None, ref.BF16, ref.F32, ref.F16)
 ACTIVATIONS = (None, "relu", "gelu")
@@ -337,7 +340,7 @@ def main(chosen):
     # Timing runs cublasLt in graphs, which compute-sanitizer seldom survives.
     jax_fp8.set_plan_choice("heuristic")
     unknown = set(chosen) - {
-        *("quantize", "cast_transpose", "fused", "fused_matmul"),
+        *("quantize", "cast_transpose", "fused", "fused_matmul", "many_rows"),
         *implementations(),
     }
     if unknown:
@@ -359,7 +362,9 @@ def main(chosen):
         for recipe in ("weight_only", "rowwise"):
             groups.append((f"fused_chain {recipe}", check_fused_chain, (recipe,)))
         groups.append(("fused_matmul, many rows", check_many_rows, ()))
-        groups.append(("fused_chain static", check_codes, ()))
+        groups += [(f"fused_chain {r}, few rows", check_up_and_down, (r, FEW)) for r in RECIPES]
+    if not chosen or "many_rows" in chosen:
+        groups += [(f"fused_chain {r}, many rows", check_up_and_down, (r, MANY)) for r in RECIPES]
     for implementation in implementations():
         if chosen and implementation not in chosen:
             continue
