@@ -134,9 +134,9 @@ def table(rows: list[Row]) -> str:
     title = (
         "A GPT on the bytes of Python's standard library, with the same weights and batches for"
         " each recipe. Losses in nats a byte: the mean over the last tenth of the steps, and of"
-        f" files that are held out.{_AGAIN if again else ''} The median step in ms, how many times as"
-        " fast as bf16's, the"
-        " layers that a recipe converts alone (values and gradients; their share of the step), and"
+        f" files that are held out.{_AGAIN if again else ''} The median step in ms, how many times"
+        " as fast as bf16's, the layers that a recipe converts alone (values and gradients; their"
+        " share of the step), and"
         f" the GiB that XLA allocates for a step beside the state. {'; '.join(problems)}."
     )
     header = [
