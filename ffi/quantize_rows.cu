@@ -133,7 +133,7 @@ Spread spread(const Quantize& q) {
 
 template <typename V, int packs, bool clustered>
 cudaError_t launch(const Quantize& q, const Spread& spread, cudaStream_t stream) {
-  const int rows_a_block = spread.threads == 32 ? kRowsABlock : 1;
+  const int rows_a_block = !clustered && spread.threads == 32 ? kRowsABlock : 1;
   const int64_t blocks = ceil_div(q.batch * q.rows, rows_a_block) * spread.cluster;
   const dim3 grid(static_cast<unsigned>(blocks)), block(spread.threads, rows_a_block);
   const auto kernel = row_kernel<V, packs, clustered>;

@@ -48,7 +48,7 @@ WIDE_SHAPES = (
     (100, 4200, 80),
 )
 # Of chains: rows, the columns of a SwiGLU's result, K. Some are quantized by clusters.
-FEW, MANY = ((1, 48, 144), (12, 8208, 272)), ((40, 48, 144), (300, 8752, 272))
+FEW, MANY = ((1, 48, 144), (12, 8192, 272), (2, 8208, 16)), ((40, 48, 144), (300, 8752, 272))
 RECIPES = ("rowwise", "static")
 GRANULARITIES = (("tensor", "tensor"), ("row", "row"), ("tensor", "row"), ref.BLOCKS)
 BIASES = (None, ref.BF16, ref.F32, ref.F16)

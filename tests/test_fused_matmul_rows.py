@@ -272,11 +272,15 @@ def test_the_next_product_finds_its_codes_written(rng, recipe, m):
     links = [Link(w), Link(operands(rng, 1, 4096, 8192, ())[1])]
     if recipe == "static":
         links = [dataclasses.replace(link, scale=SCALE) for link in links]
+    options = {"recipe": recipe, "implementation": "kernel"}
     jax_fp8.clear_plans()
-    jax.block_until_ready(jax_fp8.fused_chain(x, links, recipe=recipe, implementation="kernel"))
+    got = jax.block_until_ready(jax_fp8.fused_chain(x, links, **options))
     found = sorted(p["parts"] for p in jax_fp8.plans() if p["when"] == "run")
     first = "product" if recipe == "static" else "quantize, product"
     assert found == [first, "quantize, product"]
+    want = jax_fp8.fused_chain(x, links, one_call=False, **options)
+    for one, other in zip(got, want, strict=True):
+        ref.assert_same_bits(one, other)
 
 
 @pytest.mark.gpu
