@@ -265,7 +265,7 @@ def test_what_is_no_array_is_no_residual():
         (1, 4096, 14336, 6144),
         (16, 4096, 14336, 6144),  # Kernels of clusters, which start beside a product.
         (2, 64, 8208, 64),
-        (16, 64, 8192, 64),  # Blocks of one warp.
+        (16, 64, 8192, 64),
         (3, 64, 8192, 64),
         (4, 16, 40000, 16),  # A kernel of one block, beside which all of the next one may start.
         (1, 12304, 16, 40),

@@ -59,9 +59,9 @@ def fused_chain(
 
     The results are those of separate calls. On Hopper, each product of 16-bit activations starts
     before the one in front of it has ended: it reads the first of its weights on what room that one
-    leaves at its end. So do, for up to sixteen rows that are quantized, the quantization (with
-    scales of rows: up to K = 16384), if it is a kernel of its own, and its product. Separate calls
-    cannot do that, as each is a node of its own in the graph that XLA captures.
+    leaves at its end. So do, for up to sixteen rows that are quantized, the quantization, if it is
+    a kernel of its own, and its product. Separate calls cannot do that, as each is a node of its
+    own in the graph that XLA captures.
 
     Over a mesh one call divides nothing but the rows of ``x``: where weights are divided, or
     columns of ``x`` or of a residual, these are brought together on each device. Separate calls
