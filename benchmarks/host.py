@@ -37,6 +37,7 @@ VARIANTS: dict[str, tuple[operands.Prepare, Callable[..., jax.Array]]] = {
     "bf16": (operands.wide, _bf16),
     "tensorwise": (operands.tensor, _matmul("tensorwise")),
     "rowwise": (operands.row, _matmul("rowwise")),
+    "weight_only": (operands.row, _matmul("weight_only")),
 }
 
 

@@ -7,10 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from benchmarks import dense_layers, gpt, parallel, peers, tables, training
+from benchmarks import (
+    compile,
+    dense_layers,
+    fused,
+    gemm,
+    gpt,
+    parallel,
+    peers,
+    quantize,
+    tables,
+    training,
+)
 
 Row = dict[str, Any]
 Problems = dict[tuple[Any, ...], tables.Group]
@@ -53,12 +64,17 @@ class Verdict:
         return f"{'PASS' if self.passed else 'MISS'}  {self.what}: {figure} ({side} {self.bound:g})"
 
 
+def _all(problems: Problems, shapes: Iterable[tuple[Any, ...]]) -> Problems:
+    """With empty groups for those of ``shapes`` that are not there, which count as misses."""
+    return {**{shape: {} for shape in shapes}, **problems}
+
+
 def _size(key: tuple[Any, ...]) -> str:
     return " x ".join(map(str, key))
 
 
 def _gemm(problems: Problems, _: MemoryUs) -> Iterator[Verdict]:
-    for key, group in problems.items():
+    for key, group in _all(problems, gemm.SHAPES["all"]).items():
         if "naive" in group:  # What is there for GPUs without FP8 tensor cores.
             over = tables.ratio(group, "naive", "decode")
             yield Verdict(f"gemm {_size(key)}, naive over decode", over, 20.0, at_most=False)
@@ -73,7 +89,7 @@ def _gemm(problems: Problems, _: MemoryUs) -> Iterator[Verdict]:
 
 
 def _quantize(problems: Problems, _: MemoryUs) -> Iterator[Verdict]:
-    for key, group in problems.items():
+    for key, group in _all(problems, quantize.SHAPES["all"]).items():
         elements = key[0] * key[1]
         if elements <= 1 << 16:
             us = tables.value(group, "tensor")
@@ -101,8 +117,8 @@ def _peers(problems: Problems, memory_us: MemoryUs) -> Iterator[Verdict]:
         over = _over(us - second_read_us, bare) if us and second_read_us else None
         what = f"matmul {_size(key)}, tensorwise less the second read over its product"
         yield Verdict(what, over, bound)
-    for key, group in problems.items():
-        times = {name: us for name in peers.OTHERS if (us := tables.value(group, name))}
+    for key, group in _all(problems, peers.SHAPES["all"]).items():
+        times = {name: us for name in ("bf16", *peers.OTHERS) if (us := tables.value(group, name))}
         best = min(times, key=lambda name: times[name], default=None)
         over = tables.ratio(group, "row", best) if best else None
         yield Verdict(f"matmul {_size(key)}, rowwise over the best peer ({best})", over, 1.0)
@@ -142,7 +158,7 @@ def _weight_only(problems: Problems, memory_us: MemoryUs) -> Iterator[Verdict]:
 def _host(problems: Problems, _: MemoryUs) -> Iterator[Verdict]:
     for (n,), group in problems.items():
         bf16 = tables.value(group, "bf16", "host_us")
-        for name in ("tensorwise", "rowwise"):
+        for name in ("tensorwise", "rowwise", "weight_only"):
             entered = tables.value(group, name, "handler_calls")
             yield Verdict(f"host, {name}: handlers entered in {n} captured calls", entered, 0)
             us = tables.value(group, name, "host_us")
@@ -152,7 +168,7 @@ def _host(problems: Problems, _: MemoryUs) -> Iterator[Verdict]:
 
 
 def _fused(problems: Problems, memory_us: MemoryUs) -> Iterator[Verdict]:
-    for (producer, rows, columns), group in problems.items():
+    for (producer, rows, columns), group in _all(problems, fused.SHAPES["all"]).items():
         elements = rows * columns
         if elements < 8e6:
             continue
@@ -164,15 +180,19 @@ def _fused(problems: Problems, memory_us: MemoryUs) -> Iterator[Verdict]:
                 if name == "tensor":  # It computes what it quantizes twice.
                     nbytes += elements * (4 if producer == "swiglu" else 2)
                 over = _over(us - 2.0, memory_us(nbytes))
-            what = f"{producer} {rows} x {columns}, {name}, less 2 us over moving its bytes"
+            moved = "its bytes, the input twice" if name == "tensor" else "its bytes"
+            what = f"{producer} {rows} x {columns}, {name}, less 2 us over moving {moved}"
             yield Verdict(what, over, 1.15)
 
 
 def _compile(problems: Problems, _: MemoryUs) -> Iterator[Verdict]:
-    for key, group in problems.items():
-        ours, bf16 = (tables.value(group, name, "until_first_ms") for name in ("matmul", "bf16"))
-        more = ours - bf16 if ours is not None and bf16 is not None else None
-        yield Verdict(f"compile {_size(key)}, ms until the first result more than bf16", more, 500)
+    for key, group in _all(problems, compile.SHAPES["all"]).items():
+        bf16 = tables.value(group, "bf16", "until_first_ms")
+        for name in ("matmul", "quantize_matmul"):
+            ours = tables.value(group, name, "until_first_ms")
+            more = ours - bf16 if ours is not None and bf16 is not None else None
+            what = f"compile {_size(key)}, {name}: ms until the first result more than bf16"
+            yield Verdict(what, more, 500)
 
 
 #: (M, N, K) -> recipe -> how many times as fast as bf16 value and gradients of the layer are.

@@ -62,7 +62,7 @@ def made_up(name, **changed):
             us = 1.1 * targets.memory_us(n * k)
             rows += rows_of(module.KEYS, (1, n, k), **{"weight_only": us, **changed})
     else:
-        for variant in ("bf16", "tensorwise", "rowwise"):
+        for variant in ("bf16", "tensorwise", "rowwise", "weight_only"):
             row = {"n": 64, "variant": variant, "host_us": 0.1, "handler_calls": 0}
             rows.append({**row, **changed} if variant == "rowwise" else row)
     return {
@@ -98,13 +98,31 @@ def test_what_is_in_two_products_has_the_targets():
 
 @pytest.mark.parametrize("ours, passed", [(700.0, True), (701.0, False), (None, False)])
 def test_target_of_the_compilation(ours, passed):
-    times = {"bf16": 200.0, "matmul": ours}
-    rows = [
-        {"m": 1, "n": 2, "k": 3, "variant": name, "until_first_ms": ms}
-        for name, ms in times.items()
-    ]
-    (verdict,) = targets.check({"name": "compile", "rows": rows}, ("m", "n", "k"))
-    assert verdict.passed is passed
+    (shape,) = BENCHMARKS["compile"].SHAPES["all"]
+    for name in ("matmul", "quantize_matmul"):
+        times = {"bf16": 200.0, "matmul": 200.0, "quantize_matmul": 200.0, name: ours}
+        rows = [
+            {**dict(zip("mnk", shape, strict=True)), "variant": variant, "until_first_ms": ms}
+            for variant, ms in times.items()
+        ]
+        verdicts = targets.check({"name": "compile", "rows": rows}, ("m", "n", "k"))
+        assert {v.what.split(", ")[1].split(":")[0]: v.passed for v in verdicts} == {
+            "matmul": True,
+            "quantize_matmul": True,
+            name: passed,
+        }
+
+
+@pytest.mark.parametrize("name", ["gemm", "quantize", "peers", "fused", "compile"])
+def test_a_shape_that_was_not_measured_is_a_miss(name):
+    module = BENCHMARKS[name]
+    verdicts = targets.check({"name": name, "rows": []}, module.KEYS)
+    assert verdicts and not any(verdict.passed for verdict in verdicts)
+    said = " ".join(verdict.what for verdict in verdicts)
+    if name == "fused":
+        assert all(f"{p} {m} x {n}" in said for p, m, n in module.SHAPES["all"] if m * n >= 8e6)
+    elif name != "quantize":
+        assert all(" x ".join(map(str, shape)) in said for shape in module.SHAPES["all"])
 
 
 @pytest.mark.parametrize(
@@ -115,7 +133,7 @@ def test_target_of_the_compilation(ours, passed):
         (
             "gemm",
             {"fp8_row": 121.0, "cpp_row_best": 121.0},
-            sum(p[0] <= 64 for p in gemm.FIRST) + 4,
+            sum(p[0] <= 64 for p in gemm.SHAPES["all"]),
         ),
         ("gemm", {"cpp_best": None}, len(gemm.SHAPES["all"])),
         ("quantize", {"tensor": 3.3}, 2 + 4),
@@ -142,7 +160,8 @@ def test_targets_of_the_fused_producers():
         row = {"producer": producer, "rows": rows, "columns": 4096, "variant": name, "us": us}
         row["gb_per_s"] = 1e-3 * nbytes / us
         verdicts = targets.check({"name": "fused", "rows": [row]}, ("producer", "rows", "columns"))
-        return {v.what.split(", ")[1]: v.figure for v in verdicts}
+        of_this = [v for v in verdicts if v.what.startswith(f"{producer} {rows} x ")]
+        return {v.what.split(", ")[1]: v.figure for v in of_this}
 
     elements = 2048 * 4096
     copy_us = targets.memory_us(3 * elements)

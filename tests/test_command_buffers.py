@@ -36,6 +36,7 @@ STEPS = [
     ("tensor", dict(implementation="naive", **FP8)),
 ]
 sizes = [64 + 16 * i for i in range(len(STEPS) + 1)]
+up, down = codes(rng, (192, 32), granularity="row"), codes(rng, (40, 96), granularity="row")
 weights = [
     codes(rng, (n, k), granularity="tensor" if g == "tensor" else "row")
     for k, n, (g, _) in zip(sizes, sizes[1:], STEPS)
@@ -56,7 +57,10 @@ def chain(x, weights):
             y, amax = jax_fp8.dequantize(y[0], jnp.bfloat16), y[1]
             amaxes.append(amax)
         x = y / (1 + jnp.abs(y).max())
-    return x, amaxes
+    fused = jax_fp8.rms_norm_quantize(x, jnp.ones(x.shape[1], x.dtype), granularity="row")
+    links = [jax_fp8.ChainLink(up, activation="swiglu"), jax_fp8.ChainLink(down)]
+    chained = jax_fp8.fused_chain(x[:3, :32], links, recipe="weight_only")
+    return x, amaxes, fused.data.view(jnp.uint8), chained
 
 digests = set()
 for _ in range({runs}):
@@ -83,9 +87,9 @@ def test_captured_or_not_the_bits_are_the_same_and_the_handlers_are_entered_less
     separate = run_chain("--xla_gpu_enable_command_buffer=")
     assert len(captured["digests"]) == 1
     assert captured["digests"] == separate["digests"]
-    implementations = ["cublaslt"] * 6 + ["decode"] + ["kernel"] * 8 + ["naive"]
+    implementations = ["cublaslt"] * 6 + ["decode"] + ["gemv"] * 2 + ["kernel"] * 9 + ["naive"]
     assert captured["implementations"] == separate["implementations"] == implementations
-    assert separate["counts"] == [RUNS] * 16
+    assert separate["counts"] == [RUNS] * 19
     assert max(captured["counts"]) <= RUNS // 4  # The first runs warm up and record.
 
 
