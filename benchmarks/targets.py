@@ -209,6 +209,7 @@ def _training(problems: Problems, _: MemoryUs) -> Iterator[Verdict]:
             over = tables.ratio(group, "bf16", name)
             what = f"training {_size(key)}, bf16 over {name}"
             yield Verdict(what, over, bound, at_most=False)
+        for name in (*bounds, "blockwise"):
             over = tables.ratio(group, name, "flax_direct")
             yield Verdict(f"training {_size(key)}, {name} over flax's direct", over, 1.0)
     group = problems.get((training.STEP, *next(iter(_STEP_SPEEDUPS))), {})
@@ -220,6 +221,8 @@ def _training(problems: Problems, _: MemoryUs) -> Iterator[Verdict]:
 
 #: Recipe -> how much more than bf16's, in %, the GPT's last loss may be.
 _LOSSES = {"rowwise": 0.5, "tensorwise": 1.0}
+#: With which the GPT is trained.
+_RECIPES = (*_LOSSES, "blockwise", "delayed", "static", "weight_only")
 #: Preset of the GPT -> how many times as fast as bf16's its step is.
 _GPT_SPEEDUPS = {"100m": 1.0, "wide": 1.5}
 
@@ -244,7 +247,11 @@ def _gpt(problems: Problems, _: MemoryUs) -> Iterator[Verdict]:
                     off = gpt.off_percent(group, name, figure)
                     what = f"{said}, {name}: {figure.replace('_', ' ')} over bf16's, %"
                     yield Verdict(what, off, most)
-                yield Verdict(f"{said}, {name}: steps", row.get("steps"), 1000, at_most=False)
+            if preset != "100m":
+                continue
+            for name in _RECIPES:
+                steps = group.get(name, {}).get("steps")
+                yield Verdict(f"{said}, {name}: steps", steps, 1000, at_most=False)
 
 
 #: (phase, batch) -> how many times as fast as bf16 the decoder with recipe rowwise is.

@@ -33,7 +33,7 @@ import numpy as np
 
 from jax_fp8._src.dot_general import dot_general
 from jax_fp8._src.einsum import einsum
-from jax_fp8._src.health import health_probe
+from jax_fp8._src.health import HealthProbe, health_probe
 from jax_fp8._src.layers import (
     refuse_options,
     require_flax,
@@ -50,7 +50,7 @@ require_flax("jax_fp8.linen")
 from flax import linen as nn  # noqa: E402
 from flax import traverse_util  # noqa: E402
 
-__all__ = ["Dense", "DenseGeneral", "DotGeneral", "Einsum", "health"]
+__all__ = ["Dense", "DenseGeneral", "DotGeneral", "Einsum", "health", "measure"]
 
 #: The collections of amaxes and of probes, and the stream of random bits.
 STATE, PROBES, STREAM = "fp8", "fp8_probes", "fp8"
@@ -289,6 +289,44 @@ class Einsum(nn.Einsum):
         return y if bias is None else y + jnp.reshape(bias, broadcast)
 
 
+def measure(
+    module: nn.Module,
+    variables: Any,
+    loss_fn: Callable[[Any], jax.Array],
+    *args: Any,
+    **kwargs: Any,
+) -> dict[str, HealthProbe]:
+    """``health`` as arrays, to be called under ``jax.jit``, in a training step.
+
+    Args:
+      module: a linen module.
+      variables: what ``module.apply`` takes.
+      loss_fn: makes a scalar of what ``module.apply`` returns.
+      *args: the inputs of ``module.apply``.
+      **kwargs: of ``module.apply``, as ``rngs`` and ``method``.
+
+    Returns:
+      By the path of each ``DotGeneral``, the gradient of its HealthProbe, which
+      ``jax_fp8.summarize`` reads.
+
+    Raises:
+      ValueError: for a model without FP8 products.
+    """
+    _, made = jax.eval_shape(lambda: module.apply(variables, *args, mutable=[PROBES], **kwargs))
+    if PROBES not in made:
+        raise ValueError(f"linen.health: {type(module).__name__} has no FP8 products")
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), made[PROBES])
+
+    # By the parameters too: where nothing has a gradient, there is none to measure.
+    def loss(probes: Any, params: Any) -> jax.Array:
+        given = {**variables, "params": params, PROBES: probes}
+        return loss_fn(module.apply(given, *args, **kwargs))
+
+    gradients, _ = jax.grad(loss, argnums=(0, 1))(zeros, variables["params"])
+    found = traverse_util.flatten_dict(gradients)
+    return {"/".join(path[:-1]): stats for path, stats in found.items()}
+
+
 def health(
     module: nn.Module,
     variables: Any,
@@ -298,7 +336,8 @@ def health(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """What quantization does to every operand of a model's FP8 products, forward and backward.
 
-    The numbers of the model are those without it; nothing is updated.
+    The numbers of the model are those without it; nothing is updated. Each call compiles a program:
+    for more of them, ``measure`` under a ``jax.jit`` that is kept.
 
     Args:
       module: a linen module.
@@ -320,16 +359,6 @@ def health(
     >>> list(stats), stats["DotGeneral_0"]["activation"]["amax"]
     (['DotGeneral_0'], 1.0)
     """
-    _, made = jax.eval_shape(lambda: module.apply(variables, *args, mutable=[PROBES], **kwargs))
-    if PROBES not in made:
-        raise ValueError(f"linen.health: {type(module).__name__} has no FP8 products")
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), made[PROBES])
-
-    # By the parameters too: where nothing has a gradient, there is none to measure.
-    def loss(probes: Any, params: Any) -> jax.Array:
-        given = {**variables, "params": params, PROBES: probes}
-        return loss_fn(module.apply(given, *args, **kwargs))
-
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
-    found = traverse_util.flatten_dict(gradient(zeros, variables["params"])[0])
-    return summarize_all({"/".join(path[:-1]): stats for path, stats in found.items()})
+    # The inputs stay outside of jit, for flags are among them.
+    found = jax.jit(lambda variables: measure(module, variables, loss_fn, *args, **kwargs))
+    return summarize_all(found(variables))

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.ends
 
 POWERS = jax_fp8.named_recipe("tensorwise", power_of_two=True)
 FLAX = (((1,), (0,)), ((), ()))
+LAST = (((1,), (1,)), ((), ()))
 
 
 @pytest.fixture(params=on_platforms(("xla",), (None, "decode")))
@@ -80,6 +81,13 @@ def test_product_and_gradients(products, rng, recipe, pattern):
 def test_gradients_have_the_dtypes_of_the_operands(products, rng, recipe, dtypes):
     x, w, dims, dy = operands(rng, "flax", *dtypes)
     check_all(recipe, x, w, dims, dy, products, preferred_element_type=dtypes[0])
+
+
+@pytest.mark.parametrize("dtypes", [(ref.BF16, ref.BF16), (ref.BF16, ref.F32)], ids=pair_id)
+@pytest.mark.parametrize("pattern", training.PATTERNS)
+def test_16_bit_operands_in_every_pattern(products, rng, pattern, dtypes):
+    x, w, dims, dy = operands(rng, pattern, *dtypes)
+    check_all("rowwise", x, w, dims, dy, products)
 
 
 OPTIONS = {
@@ -334,16 +342,42 @@ def test_bad_input_raises(operands, options, error, message):
         jax_fp8.dot_general(*operands, FLAX, **options)
 
 
-def test_fp8_values_are_not_differentiated():
-    wq = jax_fp8.quantize(W.T)
-    dims = (((1,), (1,)), ((), ()))
+XQ, WQ = jax_fp8.quantize(X), jax_fp8.quantize(W.T)
 
-    def loss(scale):
-        scaled = jax_fp8.ScaledArray(wq.data, scale, wq.granularity)
-        return jnp.sum(jax_fp8.dot_general(X, scaled, dims))
+takes_fp8 = pytest.mark.parametrize(
+    "op, name, operand, product",
+    [
+        ("dot_general", "lhs", XQ, lambda x: jax_fp8.dot_general(x, W, FLAX)),
+        ("dot_general", "rhs", WQ, lambda w: jax_fp8.dot_general(X, w, LAST)),
+        ("matmul", "w", WQ, lambda w: jax_fp8.matmul(X, w)),
+        ("scaled_matmul", "x", XQ, lambda x: jax_fp8.scaled_matmul(x, WQ)),
+        ("scaled_matmul", "w", WQ, lambda w: jax_fp8.scaled_matmul(XQ, w)),
+    ],
+)
 
-    with pytest.raises(TypeError, match="dot_general: a ScaledArray cannot be differentiated"):
-        jax.grad(loss)(wq.scale)
+
+@pytest.mark.parametrize("part", ["data", "scale"])
+@takes_fp8
+def test_fp8_values_are_not_differentiated(op, name, operand, product, part):
+    def loss(values):
+        return jnp.sum(product(dataclasses.replace(operand, **{part: values})))
+
+    with pytest.raises(TypeError, match=f"^{op}: a ScaledArray cannot be differentiated"):
+        jax.grad(loss)(getattr(operand, part))
+
+
+@takes_fp8
+def test_a_scaled_array_is_not_differentiated(op, name, operand, product):
+    with pytest.raises(TypeError, match=f"^{op}: a ScaledArray cannot be differentiated"):
+        jax.grad(lambda operand: jnp.sum(product(operand)))(operand)
+
+
+@takes_fp8
+def test_fp8_values_without_scales_are_not_differentiated(op, name, operand, product):
+    with pytest.raises(
+        TypeError, match=f"^{op}: {name} must be .*ScaledArray.*, got .* float8_e4m3"
+    ):
+        jax.grad(lambda data: jnp.sum(product(data)))(operand.data)
 
 
 @pytest.mark.parametrize("outer", [jax.jacrev, jax.jacfwd])

@@ -1,5 +1,6 @@
 """dot_general under checkpoint, scan and donation, and what it keeps for its gradients."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +8,12 @@ import pytest
 import references as ref
 import training
 from cases import sample
+from flax import nnx
+from flax_cases import samples
 
 import jax_fp8
+import jax_fp8.linen
+import jax_fp8.nnx
 
 FLAX = (((1,), (0,)), ((), ()))
 
@@ -57,18 +62,94 @@ def casts(function, *operands):
     ), exported.count("custom_call @jax_fp8_scaled_matmul")
 
 
-def test_the_policy_quantizes_nothing_twice(rng):
-    x, ws = stack(rng, depth=2)
-    plain, kept, again = (
-        casts(jax.grad(loop_loss(layer), (0, 1)), x, ws)
-        for layer in (
-            block,
-            jax.checkpoint(block, policy=jax_fp8.checkpoint_policy),
-            jax.checkpoint(block),
-        )
-    )
-    assert plain == kept == (6, 6)  # Three operands and three products a layer.
+RECIPES = {name: jax_fp8.named_recipe(name) for name in training.FP8_RECIPES} | {
+    "wide_wgrad": jax_fp8.named_recipe("rowwise", wide_wgrad=True)
+}
+#: What a layer's value and gradients quantize and multiply in FP8, where not three of each.
+COUNTS = {"weight_only": (1, 2), "wide_wgrad": (3, 2)}
+
+
+def check_counts(kept, plain, again, of_layer=(3, 3)):
+    """Of two layers: with the policy, without checkpoint, and without a policy."""
+    assert kept == plain == tuple(2 * count for count in of_layer)
     assert again[0] > plain[0] and again[1] > plain[1]
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["as it is", "prepared"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_policy_quantizes_nothing_twice(rng, name, prepared):
+    recipe = RECIPES[name]
+    x, ws = stack(rng, depth=2)
+    x = x.astype(jnp.bfloat16)
+    state = training.state_for(recipe, x, ws)
+
+    def layer(x, w, state):
+        if prepared:
+            w = jax_fp8.prepare_weight(w, recipe, state=state)
+        options = {"recipe": recipe, "state": state, "preferred_element_type": x.dtype}
+        found = jax_fp8.dot_general(x, w, FLAX, **options)
+        y, state = (found, None) if state is None else found
+        return jax.nn.relu(y), state
+
+    def count(layer):
+        def loss(x, ws, state):
+            for w in ws:
+                x, state = layer(x, w, state)
+            return jnp.sum(x**2), state
+
+        return casts(jax.grad(loss, (0, 1), has_aux=True), x, ws, state)
+
+    kept = count(jax.checkpoint(layer, policy=jax_fp8.checkpoint_policy))
+    check_counts(kept, count(layer), count(jax.checkpoint(layer)), COUNTS.get(name, (3, 3)))
+
+
+class Block(nn.Module):
+    recipe: str
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.relu(jax_fp8.linen.Dense(32, recipe=self.recipe)(x))
+
+
+@pytest.mark.parametrize("recipe", ["rowwise", "delayed"])
+def test_the_policy_in_linens_remat(recipe):
+    x = samples((6, 32))
+
+    def count(kind):
+        model = nn.Sequential([kind(recipe), kind(recipe)])
+        variables = jax.eval_shape(model.init, jax.random.key(0), x)
+
+        def loss(params, x, rest):
+            y, state = model.apply({"params": params, **rest}, x, mutable=["fp8"])
+            return jnp.sum(y**2), state
+
+        params = variables.pop("params")
+        return casts(jax.grad(loss, (0, 1), has_aux=True), params, x, variables)
+
+    kept = nn.remat(Block, policy=jax_fp8.checkpoint_policy)
+    check_counts(count(kept), count(Block), count(nn.remat(Block)))
+
+
+@pytest.mark.parametrize("recipe", ["rowwise", "delayed"])
+def test_the_policy_in_nnxs_remat(recipe):
+    x, rngs = samples((6, 32)), nnx.Rngs(0)
+    layers = nnx.List([jax_fp8.nnx.Linear(32, 32, recipe=recipe, rngs=rngs) for _ in range(2)])
+    graphdef, params, rest = nnx.split(layers, nnx.Param, ...)
+
+    def run(layer, x):
+        return nnx.relu(layer(x))
+
+    def count(run):
+        def loss(params, x, rest):
+            model = nnx.merge(graphdef, params, rest, copy=True)
+            for layer in model:
+                x = run(layer, x)
+            return jnp.sum(x**2), nnx.state(model, jax_fp8.nnx.ScalingVariable)
+
+        return casts(jax.grad(loss, (0, 1), has_aux=True), params, x, rest)
+
+    kept = nnx.remat(run, policy=jax_fp8.checkpoint_policy)
+    check_counts(count(kept), count(run), count(nnx.remat(run)))
 
 
 def test_scan_over_layers(rng):

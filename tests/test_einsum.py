@@ -31,18 +31,34 @@ SPECS = [
     "ab,bc",
     "i,j->ij",
     "xbqd,bxdk->xqbk",
+    "bsd,df->fbs",
+    "ab,ba->b",
+    "ab,ba->",
+    "ab,bcx->ac",
+    "abx,bch->ca",
+    "axd,afdh->fa",
 ]
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_einsum_is_that_of_numpy(products, rng, spec):
-    """On integers that every operand of the product holds exactly."""
+    """On integers that every operand of the product and of its gradients holds exactly."""
+
+    def draw(shape):
+        x = np.array(rng.integers(-2, 3, shape), np.float32)
+        x.flat[0] = 4.0  # So that no scale rounds anything.
+        return x
+
     sizes = dict(zip("abcdfhijkqsx", (3, 4, 5, 16, 6, 2, 7, 3, 8, 5, 9, 2), strict=True))
     inputs = spec.replace("...", "bs").split("->")[0].split(",")
-    x, w = (rng.integers(-2, 3, [sizes[c] for c in part]).astype(np.float32) for part in inputs)
-    x.flat[0] = w.flat[0] = 4.0  # So that no scale rounds anything.
-    y = jax_fp8.einsum(spec, x, w, recipe=POWERS, implementation=products)
+    x, w = (draw([sizes[c] for c in part]) for part in inputs)
+    options = {"recipe": POWERS, "implementation": products}
+    y, pull = jax.vjp(lambda x, w: jax_fp8.einsum(spec, x, w, **options), x, w)
     np.testing.assert_array_equal(y, np.einsum(spec, x, w))  # Zeros may differ in sign.
+    dy = draw(y.shape)
+    _, exact_pull = jax.vjp(lambda x, w: jnp.einsum(spec, x, w), x, w)
+    for got, want in zip(pull(dy), exact_pull(dy), strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_einsum_has_gradients_and_state(rng):
@@ -59,9 +75,36 @@ def test_einsum_has_gradients_and_state(rng):
     assert new.weight.shape == (16,)
 
 
+@pytest.mark.parametrize(
+    "spec, x_shape, w_shape",
+    [
+        ("...ab,...bc->...ac", (5, 6, 32), (1, 32, 4)),
+        ("eab,ebc->eac", (1, 6, 32), (5, 32, 4)),
+        ("eab,ebc->ac", (5, 6, 32), (1, 32, 4)),
+        ("ab,bc->ac", (3, 1), (16, 4)),
+        ("ab,bc->ac", (1, 16), (16, 1)),
+    ],
+    ids=str,
+)
+def test_one_element_goes_with_any_number_of_them(products, rng, spec, x_shape, w_shape):
+    x, w = (rng.integers(-2, 3, shape).astype(np.float32) for shape in (x_shape, w_shape))
+    x.flat[0] = w.flat[0] = 4.0  # So that no scale rounds anything.
+
+    def ours(x, w):
+        return jax_fp8.einsum(spec, x, w, recipe=POWERS, implementation=products)
+
+    y, vjp = jax.vjp(ours, x, w)
+    want, expected = jax.vjp(lambda x, w: jnp.einsum(spec, x, w), x, w)
+    np.testing.assert_array_equal(y, want)
+    for got, gradient in zip(vjp(jnp.ones_like(y)), expected(jnp.ones_like(y)), strict=True):
+        np.testing.assert_array_equal(got, gradient)
+
+
 def test_einsum_refuses():
-    with pytest.raises(ValueError, match="has index 'd' of size 16 in lhs"):
+    with pytest.raises(ValueError, match="has an axis of 16 in lhs"):
         jax_fp8.einsum("bd,df->bf", jnp.ones((4, 16)), jnp.ones((8, 8)))
+    with pytest.raises(ValueError, match=r"'ab,bc->ac' has 2 axes of rhs, got \(8, 4, 2\)"):
+        jax_fp8.einsum("ab,bc->ac", jnp.ones((4, 8)), jnp.ones((8, 4, 2)))
     with pytest.raises(ValueError, match="has an index of lhs twice"):
         jax_fp8.einsum("dd,df->f", jnp.ones((16, 16)), jnp.ones((16, 8)))
     with pytest.raises(ValueError, match="einsum: unknown recipe 'fp8'"):
@@ -113,7 +156,7 @@ def test_einsum_of_two_scaled_arrays(products, rng):
         ("mk,kn->mn", (4, 16), (16, 8), r"of rhs, .*\[16, 8\], axes \(0,\) are contracted"),
         ("bmk,nbk->bmn", (2, 4, 16), (8, 2, 16), r"of rhs, .* and \(1,\) are batch axes"),
         ("mhk,nhk->mn", (4, 2, 16), (8, 2, 16), r"of rhs, .* axes \(1, 2\) are contracted"),
-        ("mk,nkd->mn", (4, 16), (8, 16, 2), "sums over an axis of rhs alone, .* got a ScaledArray"),
+        ("mk,nkd->mn", (4, 16), (8, 16, 2), "broadcasts an axis of rhs, .* got a ScaledArray"),
     ],
 )
 def test_einsum_moves_no_scaled_array(spec, of_x, of_w, message):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references as ref
+import training
 from cases import operand, pair_id, run_script, sample, scaled
 from jax import export
 from jax.lax import Precision
@@ -190,6 +191,35 @@ def test_the_default_accumulates_fast_and_an_implementation_is_named(rng):
     _, call = product_call(x, w, implementation="cublaslt")
     assert "fast_accumulation = true" in call
     assert 'implementation = "cublaslt"' in call
+
+
+@pytest.mark.parametrize("precision", [None, "highest"])
+@pytest.mark.parametrize("op", ["dot_general", "matmul"])
+@pytest.mark.parametrize("recipe", training.FP8_RECIPES)
+def test_gradients_never_accumulate_fast(rng, recipe, op, precision):
+    dtype = jnp.bfloat16 if recipe == "weight_only" else jnp.float32
+    x, w = (jnp.asarray(sample(rng, "normal", shape), dtype) for shape in ((48, 64), (64, 32)))
+    wq = operand(rng, (32, 64))
+    scale = 0.01 if recipe in ("static", "delayed") else None
+
+    def gradients(x, w):
+        if op == "dot_general":
+            dims = (((1,), (0,)), ((), ()))
+            y, pull = training.value_and_pullback(x, w, dims, recipe, precision=precision)
+        else:
+            options = {"recipe": recipe, "scale": scale, "precision": precision}
+            y, pull = jax.vjp(lambda x: jax_fp8.matmul(x, wq, **options), x)
+        return y, pull(y)
+
+    module = jax.jit(gradients).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+    found = [
+        (re.search(r"-> \(tensor<1x(\d+x\d+)x", call)[1], "fast_accumulation = true" in call)
+        for call in calls(module, "jax_fp8_scaled_matmul")
+    ]
+    want = [("48x32", precision is None), ("48x64", False)]
+    if op == "dot_general" and recipe != "weight_only":  # Its weights' gradient is a wide product.
+        want.append(("64x32", False))
+    assert sorted(found) == want
 
 
 @pytest.mark.parametrize("named", ["decode", "naive"])

@@ -24,36 +24,66 @@ def stats_in_numpy(x, operand):
     }
 
 
-@pytest.mark.parametrize("rows", [(40,), (5, 8)], ids=str)
-@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "blockwise"])
+RECIPES = {name: jax_fp8.named_recipe(name) for name in training.FP8_RECIPES} | {
+    "wide_wgrad": jax_fp8.named_recipe("rowwise", wide_wgrad=True)
+}
+#: The operands that have statistics: those in FP8, and copies with codes of their own.
+ONE_SCALE = ["activation", "weight", "gradient"]
+LISTED = {
+    "tensorwise": ONE_SCALE,
+    "rowwise": [*ONE_SCALE, "wgrad_activation", "dgrad_weight", "wgrad_gradient"],
+    "blockwise": [*ONE_SCALE, "wgrad_activation", "wgrad_gradient"],
+    "static": ONE_SCALE,
+    "delayed": ONE_SCALE,
+    "weight_only": ["weight", "dgrad_weight"],
+    "wide_wgrad": [*ONE_SCALE, "dgrad_weight"],
+}
+
+
+def operands_for(rng, name, kind, *shapes):
+    """Wide operands; what is multiplied by FP8 weights has 16 bits."""
+    x, *others = (jnp.asarray(sample(rng, kind, shape)) for shape in shapes)
+    return x.astype(jnp.bfloat16) if name == "weight_only" else x, *others
+
+
+def multiply(recipe, state, x, w, probe, dims=FLAX, prepared=False):
+    if prepared:
+        w = jax_fp8.prepare_weight(w, recipe, state=state)
+    found = jax_fp8.dot_general(x, w, dims, recipe=recipe, state=state, probe=probe)
+    return found if state is None else found[0]
+
+
+@pytest.mark.parametrize(
+    "recipe, rows",
+    [*((name, (40,)) for name in RECIPES), *((name, (5, 8)) for name in list(RECIPES)[:3])],
+    ids=str,
+)
 def test_statistics_of_all_operands(rng, recipe, rows):
-    x, w, dy = (sample(rng, "heavy", s) for s in ((40, 272), (272, 136), (40, 136)))
+    x, w, dy = operands_for(rng, recipe, "heavy", (40, 272), (272, 136), (40, 136))
     dims = (((len(rows),), (0,)), ((), ()))
+    full = RECIPES[recipe]
+    state = training.state_for(full, x, w)
 
     def loss(x, w, probe):
-        y = jax_fp8.dot_general(x, w, dims, recipe=recipe, probe=probe)
+        y = multiply(full, state, x, w, probe, dims)
         return jnp.sum(y * dy.reshape(y.shape))
 
     gradients = jax.jit(jax.grad(loss, (0, 1, 2)))
     _, _, probe = gradients(x.reshape(*rows, -1), w, jax_fp8.health_probe())
     found = jax_fp8.summarize(probe)
-    full = jax_fp8.named_recipe(recipe)
+    wgrad = full.wgrad or (None, None)
     expected = {
         "activation": (x, full.activation),
         "weight": (w.T, full.weight),
         "gradient": (dy, full.dgrad[0]),
-        "wgrad_activation": (x.T, full.wgrad[1]),
+        "wgrad_activation": (x.T, wgrad[1]),
         "dgrad_weight": (w, full.dgrad[1]),
-        "wgrad_gradient": (dy.T, full.wgrad[0]),
+        "wgrad_gradient": (dy.T, wgrad[0]),
     }
-    if recipe == "tensorwise":  # Whose transposed copies have the same codes.
-        expected = dict(list(expected.items())[:3])
-    if recipe == "blockwise":
-        del expected["dgrad_weight"]
-    assert list(found) == list(expected)
-    for name, (values, operand) in expected.items():
-        want = stats_in_numpy(values, operand)
-        assert found[name] == pytest.approx(want, rel=1e-4), name
+    assert list(found) == LISTED[recipe]
+    for name, numbers in found.items():
+        want = stats_in_numpy(*expected[name])
+        assert numbers == pytest.approx(want, rel=1e-4), name
 
 
 def test_stochastic_copies_have_the_same_codes(rng):
@@ -82,15 +112,48 @@ def test_of_one_gradient_alone(rng):
         assert list(jax_fp8.summarize(probe)) == [*first, name]
 
 
-def test_counting_changes_no_number(rng):
+@pytest.mark.parametrize("name", RECIPES)
+def test_counting_changes_no_number(rng, name):
+    x, w = operands_for(rng, name, "normal", (40, 64), (64, 32))
+    recipe = RECIPES[name]
+    # What a static or delayed scale is too small for saturates.
+    state = training.state_for(recipe, x / 2, w / 2)
+
+    def run(probe, prepared, of=(0, 1)):
+        def loss(x, w, probe):
+            return jnp.sum(multiply(recipe, state, x, w, probe, prepared=prepared) ** 2)
+
+        return jax.jit(jax.value_and_grad(loss, of))(x, w, probe)
+
+    without = run(None, False)
+    probes = []
+    for prepared in (False, True):
+        value, (*gradients, probe) = run(jax_fp8.health_probe(), prepared, (0, 1, 2))
+        ref.assert_same_trees((value, gradients), without)
+        assert list(jax_fp8.summarize(probe)) == LISTED[name]
+        probes.append(probe)
+    ref.assert_same_trees(*probes)
+
+
+@pytest.mark.parametrize("scaling, prepared", [("static", True), ("delayed", False)])
+def test_scales_that_are_too_small_for_both_operands(rng, scaling, prepared):
+    """A gradient has the scale of its own values, and none of these saturates."""
     x, w = (jnp.asarray(sample(rng, "normal", s)) for s in ((40, 64), (64, 32)))
+    operand = jax_fp8.Operand(scaling=scaling)
+    recipe = jax_fp8.Recipe(operand, operand)
+    state = training.state_for(recipe, x / 2, w / 4)
 
     def loss(x, w, probe):
-        return jnp.sum(jax_fp8.dot_general(x, w, FLAX, recipe="rowwise", probe=probe) ** 2)
+        return 1e6 * jnp.sum(multiply(recipe, state, x, w, probe, prepared=prepared) ** 2)
 
-    with_probe = jax.jit(jax.value_and_grad(loss, (0, 1)))(x, w, jax_fp8.health_probe())
-    without = jax.jit(jax.value_and_grad(loss, (0, 1)))(x, w, None)
-    ref.assert_same_trees(with_probe, without)
+    probe = jax.jit(jax.grad(loss, (0, 1, 2)))(x, w, jax_fp8.health_probe())[2]
+    found = jax_fp8.summarize(probe)
+    assert list(found) == ONE_SCALE
+    for name, values, factor in (("activation", x, 2), ("weight", w, 4)):
+        magnitudes = np.abs(values)
+        beyond = np.mean(magnitudes > np.float32(464 / 448 / factor) * magnitudes.max())
+        assert found[name]["saturated"] == pytest.approx(beyond) and beyond > 0.01
+    assert found["gradient"]["saturated"] == 0 and found["gradient"]["amax"] > 1e6
 
 
 @pytest.mark.parametrize("dtype", ref.FP8, ids=pair_id)

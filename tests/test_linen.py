@@ -220,26 +220,79 @@ def both_raise(error, make_ours, make_flaxs, *args):
 
 def test_errors_are_of_flaxs_types():
     x = samples((6, 32))
+    scalar, codes = jnp.float32(1), x.astype(jnp.float8_e4m3fn)
+    promotion = jax.dtypes.TypePromotionError
 
     def init(kind, *args, inputs=(x,), **fields):
-        return lambda module: getattr(module, kind)(*args, **fields).init(KEY, *inputs)
+        return lambda module: getattr(module, kind)(*args, **fields).init_with_output(KEY, *inputs)
+
+    def apply_to(inputs, kind, *args, **fields):
+        def attempt(module):
+            layer = getattr(module, kind)(*args, **fields)
+            return layer.apply(layer.init(KEY, x), inputs)
+
+        return attempt
 
     for error, attempt in (
         (ValueError, init("DenseGeneral", 4, batch_dims=(1,))),
         (ValueError, init("Einsum", (32, 4), "ab,bc")),
         (ValueError, init("Einsum", (32, 4), "ab,bc,cd->ad")),
         (ValueError, init("Einsum", (32, 4))),
+        (ValueError, init("Einsum", (32, 4), "ab,bc->ac", inputs=(x, "ab,bc->ac"))),
         (TypeError, init("Dense", "four")),
+        (TypeError, init("Dense", -1)),
         (ValueError, init("Dense", 4, dtype=jnp.int32)),
+        (ValueError, init("DenseGeneral", 4, dtype=jnp.int32)),
+        (ValueError, init("Einsum", (32, 4), "ab,bc->ac", dtype=jnp.int32)),
+        # Kernels of other shapes.
+        (flax.errors.ScopeParamShapeError, apply_to(x[:, :16], "Dense", 4)),
+        (flax.errors.ScopeParamShapeError, apply_to(x[:, :16], "DenseGeneral", 4)),
+        (ValueError, init("Einsum", (16, 4), "ab,bc->ac")),
+        (ValueError, apply_to(x[:, :16], "Einsum", (32, 4), "ab,bc->ac")),
+        (ValueError, init("Einsum", (5, 4, 32), "ab,acb->ac")),
+        # Axes and indices.
+        (TypeError, init("DenseGeneral", 4, axis=(1, 1))),
+        (TypeError, init("DenseGeneral", 4, axis=(1, -1))),
+        (IndexError, init("DenseGeneral", 4, axis=2)),
+        (TypeError, init("DenseGeneral", 4, axis=-3)),
+        (TypeError, init("DenseGeneral", 4, axis=0, batch_dims=(0,))),
+        (TypeError, init("DenseGeneral", 4, batch_dims=(0, 0))),
+        (ValueError, init("DenseGeneral", 4, batch_dims=(5,))),
+        (ValueError, init("Einsum", (32, 4), "ab,bc->ad")),
+        (ValueError, init("Einsum", (6, 4), "aa,ac->ac")),
+        (ValueError, init("Einsum", (32, 4), "ab,bc->aac")),
+        # Ranks.
+        (AssertionError, init("Einsum", (32, 4, 2), "ab,bc->ac")),
+        (ValueError, init("Einsum", (32, 4), "abc,cd->abd")),
+        (ValueError, init("Einsum", (32, 4), "ab,bc->ac", inputs=(scalar,))),
+        (IndexError, init("Dense", 4, inputs=(scalar,))),
+        (IndexError, apply_to(scalar, "Dense", 4)),
+        (IndexError, init("DenseGeneral", 4, inputs=(scalar,))),
+        (IndexError, apply_to(x[0], "DenseGeneral", 4, axis=(0, 1))),
+        # FP8, which nothing is promoted with.
+        (promotion, init("Dense", 4, inputs=(codes,))),
+        (promotion, init("DenseGeneral", 4, inputs=(codes,))),
+        (promotion, init("Einsum", (32, 4), "ab,bc->ac", inputs=(codes,))),
+        (promotion, init("Dense", 4, param_dtype=codes.dtype)),
     ):
         both_raise(error, lambda attempt=attempt: attempt(fp8), lambda attempt=attempt: attempt(nn))
     for layer in (fp8.Dense(4), nn.Dense(4)):
-        with pytest.raises(flax.errors.ScopeParamShapeError):
-            layer.apply(layer.init(KEY, x), x[:, :16])
         with pytest.raises(flax.errors.ScopeCollectionNotFound):
             layer.apply({}, x)
     with pytest.raises(TypeError, match="weight_only|16 bits|bfloat16 or float16"):
         fp8.Dense(4, recipe="weight_only").init(KEY, x)
+    # What Flax multiplies and this library refuses.
+    for error, message, attempt in (
+        (TypeError, "lhs must be .*float8_e4m3fn", init("Dense", 4, dtype=codes.dtype)),
+        (TypeError, "lhs must be .*complex64", init("Dense", 4, inputs=(x + 1j,))),
+        (ValueError, "of rhs twice", init("Einsum", (32, 32), "ab,bb->ab", use_bias=False)),
+    ):
+        assert len(attempt(nn)[0]) == 6
+        with pytest.raises(error, match=message):
+            attempt(fp8)
+    # What is cast first is a value like others.
+    cast = init("Dense", 4, inputs=(codes,), dtype=jnp.bfloat16)
+    assert_same_structure(cast(fp8), cast(nn))
 
 
 def test_modules_are_values():

@@ -237,23 +237,38 @@ def test_scan_and_remat(recipe):
         np.testing.assert_allclose(first(state), first(stacked), rtol=1e-5)
 
 
-def test_accumulation():
-    """The gradients of micro-batches add up as those of any layer."""
-    model, xs = network("rowwise"), samples((3, 6, 32))
-    variables = model.init(KEY, xs[0])
-    gradient = jax.jit(jax.grad(lambda v, x: loss_of(model, v, x)[0]))
+@pytest.mark.parametrize("recipe", ["rowwise", "delayed"])
+def test_accumulation(recipe):
+    """The gradients of micro-batches add up as those of any layer, and amaxes come one by one."""
+    model, xs = network(recipe), samples((3, 6, 32))
+    state = model.init(KEY, xs[0])
+    params = state.pop("params")
 
-    def accumulate(total, x):
-        return jax.tree.map(jnp.add, total, gradient(variables, x)), None
+    @jax.jit
+    def gradient(state, x):
+        def loss(params):
+            return loss_of(model, {"params": params, **state}, x, mutable=["fp8"])
 
-    zeros = jax.tree.map(jnp.zeros_like, variables)
-    total, _ = jax.lax.scan(accumulate, zeros, xs)
-    one_by_one = functools.reduce(
-        lambda a, b: jax.tree.map(jnp.add, a, b), [gradient(variables, x) for x in xs]
-    )
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), total, one_by_one
-    )
+        return jax.grad(loss, has_aux=True)(params)
+
+    def accumulate(carry, x):
+        total, state = carry
+        new, state = gradient(state, x)
+        return (jax.tree.map(jnp.add, total, new), state), None
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    (total, after), _ = jax.lax.scan(accumulate, (zeros, state), xs)
+    one_by_one = zeros
+    for x in xs:
+        new, state = gradient(state, x)
+        one_by_one = jax.tree.map(jnp.add, one_by_one, new)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, (total, after), (one_by_one, state))
+    if recipe == "delayed":
+        amaxes, largest = amaxes_of(after), jnp.max(jnp.abs(kernel_of({"params": params})))
+        of_activations = [*jnp.max(jnp.abs(xs), axis=(1, 2))[::-1], *[0.0] * 13]
+        ref.assert_same_bits(amaxes["activation_amax"], jnp.asarray(of_activations))
+        ref.assert_same_bits(amaxes["weight_amax"], jnp.asarray([largest] * 4 + [0.0] * 12))
 
 
 def test_dot_general_cls_of_attention():
@@ -352,3 +367,27 @@ def test_health_of_scanned_layers_and_of_none():
     assert list(stats) == ["Dense_0/DotGeneral_0[0]", "Dense_0/DotGeneral_0[1]"]
     with pytest.raises(ValueError, match="Dense has no FP8 products"):
         fp8.health(nn.Dense(4), nn.Dense(4).init(KEY, x), jnp.sum, x)
+
+
+def test_measuring_in_a_jitted_step_changes_no_number():
+    layer, x = fp8.Dense(24, recipe="rowwise"), samples((6, 32))
+    variables = layer.init(KEY, x)
+
+    def loss(y):
+        return jnp.square(y - 1).sum()
+
+    def gradients(variables):
+        return jax.grad(lambda variables: loss(layer.apply(variables, x)))(variables)
+
+    @jax.jit
+    def step(variables):
+        return fp8.measure(layer, variables, loss, x), gradients(variables)
+
+    measured, found = step(variables)
+    assert list(measured) == ["DotGeneral_0"]
+    assert summaries(measured) == fp8.health(layer, variables, loss, x)
+    ref.assert_same_trees(found, jax.jit(gradients)(variables))
+
+
+def summaries(measured):
+    return {path: jax_fp8.summarize(probe) for path, probe in measured.items()}

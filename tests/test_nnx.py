@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 import references as ref
+import training
 from flax import nnx
 from flax_cases import (
     DTYPES,
@@ -290,6 +291,17 @@ def test_a_product_besides_the_recipe():
 
 def test_errors_are_of_flaxs_types():
     x, rngs = samples((6, 32)), nnx.Rngs(0)
+    scalar, codes = jnp.float32(1), x.astype(jnp.float8_e4m3fn)
+    promotion = jax.dtypes.TypePromotionError
+
+    def einsum(spec, *shape, inputs=x, **options):
+        return lambda m: m.Einsum(spec, shape, **options, rngs=rngs)(inputs)
+
+    def general(*sizes, inputs=x, **options):
+        return lambda m: m.LinearGeneral(*sizes, **options, rngs=rngs)(inputs)
+
+    def linear(*sizes, inputs=x, **options):
+        return lambda m: m.Linear(*sizes, **options, rngs=rngs)(inputs)
 
     for error, attempt in (
         (ValueError, lambda m: m.LinearGeneral((32, 8), 8, rngs=rngs)),
@@ -298,14 +310,56 @@ def test_errors_are_of_flaxs_types():
         (ValueError, lambda m: m.Einsum("ab,bc,cd->ad", (32, 8), rngs=rngs)),
         (TypeError, lambda m: m.Linear(32, 8)),
         (TypeError, lambda m: m.Linear(32, 8, no_such=1, rngs=rngs)),
-        (TypeError, lambda m: m.Linear(16, 8, rngs=rngs)(x)),
-        (ValueError, lambda m: m.Linear(32, 8, dtype=jnp.int32, rngs=rngs)(x)),
+        (ValueError, linear(32, 8, dtype=jnp.int32)),
+        (ValueError, general(32, 8, dtype=jnp.int32)),
+        (ValueError, einsum("ab,bc->ac", 32, 8, dtype=jnp.int32)),
+        # Kernels of other shapes.
+        (TypeError, linear(16, 8)),
+        (TypeError, linear(1, 8)),
+        (TypeError, general(16, 8)),
+        (TypeError, general((6, 16), 8, axis=(0, 1))),
+        (TypeError, general(32, 8, batch_axis={0: 5})),
+        (ValueError, einsum("ab,bc->ac", 16, 8)),
+        (ValueError, einsum("ab,acb->ac", 5, 4, 32)),
+        # Axes and indices.
+        (TypeError, general((32, 32), 8, axis=(1, 1))),
+        (TypeError, general((32, 32), 8, axis=(1, -1))),
+        (TypeError, general(32, 8, axis=2)),
+        (TypeError, general(32, 8, axis=-3)),
+        (ValueError, general(32, 8, batch_axis={3: 5})),
+        (ValueError, einsum("ab,bc->ad", 32, 8)),
+        (ValueError, einsum("aa,ac->ac", 6, 8)),
+        (ValueError, einsum("ab,bc->aac", 32, 8)),
+        # Ranks.
+        (ValueError, einsum("ab,bc->ac", 32, 8, 2)),
+        (ValueError, einsum("abc,cd->abd", 32, 8)),
+        (ValueError, einsum("ab,bc->ac", 32, 8, inputs=scalar)),
+        (TypeError, linear(32, 8, inputs=scalar)),
+        (TypeError, general(32, 8, inputs=scalar)),
+        # FP8, which nothing is promoted with.
+        (promotion, linear(32, 8, inputs=codes)),
+        (promotion, general(32, 8, inputs=codes)),
+        (promotion, einsum("ab,bc->ac", 32, 8, inputs=codes)),
+        (promotion, linear(32, 8, param_dtype=codes.dtype)),
     ):
         for module in (nnx, fp8):
             with pytest.raises(error):
                 attempt(module)
     with pytest.raises(TypeError, match="bfloat16 or float16, got"):
         fp8.Linear(32, 4, recipe="weight_only", rngs=rngs)(x)
+    # What Flax multiplies and this library refuses.
+    for error, message, attempt in (
+        (TypeError, "lhs must be .*float8_e4m3fn", linear(32, 8, dtype=codes.dtype)),
+        (TypeError, "lhs must be .*float8_e4m3fn", general(32, 8, dtype=codes.dtype)),
+        (TypeError, "lhs must be .*complex64", linear(32, 8, inputs=x + 1j)),
+        (ValueError, "of rhs twice", einsum("ab,bb->ab", 32, 32)),
+    ):
+        assert len(attempt(nnx)) == 6
+        with pytest.raises(error, match=message):
+            attempt(fp8)
+    # What is cast first is a value like others.
+    for attempt in (linear(32, 8, inputs=codes, dtype=jnp.bfloat16), general(32, 8, inputs=x > 0)):
+        assert_same_structure(attempt(fp8), attempt(nnx))
 
 
 def test_a_state_that_does_not_fit():
@@ -313,3 +367,26 @@ def test_a_state_that_does_not_fit():
     layer.dot_general.weight_amax = fp8.ScalingVariable(jnp.zeros(4))
     with pytest.raises(ValueError, match=r"state.weight does not fit the recipe"):
         layer(samples((6, 32)))
+
+
+def test_a_kernel_that_stays_float32_has_a_float32_gradient():
+    """As docs/training.md says; with Flax's own promote_dtype it comes back through bfloat16."""
+
+    def narrow(arrays, *, dtype):
+        x, kernel, bias = arrays
+        x, bias = jax.tree.map(lambda array: array.astype(dtype), (x, bias))
+        return x, kernel, bias
+
+    def gradient(**options):
+        layer = fp8.Linear(64, 32, dtype=jnp.bfloat16, rngs=nnx.Rngs(0), **options)
+        x = samples((40, 64))
+        assert layer(x).dtype == jnp.bfloat16
+        kernel = nnx.grad(lambda layer: jnp.square(layer(x)).sum())(layer)["kernel"][...]
+        assert kernel.dtype == jnp.float32
+        return np.asarray(kernel)
+
+    wide = gradient(promote_dtype=narrow, preferred_element_type=jnp.bfloat16)
+    rounded = gradient()
+    assert (rounded == rounded.astype(jnp.bfloat16)).all()
+    assert (wide != wide.astype(jnp.bfloat16)).mean() > 0.9
+    assert training.cosine(wide, rounded) > 0.999

@@ -1,5 +1,7 @@
 """convert and calibrate: whole nnx models in FP8."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -204,25 +206,92 @@ def test_eval_is_for_jax_transforms_of_any_kind():
     ref.assert_same_bits(run(state, x), layer(x))
 
 
-def test_micro_batches_in_a_scan():
-    model = fp8.convert(nnx.Linear(32, 8, rngs=nnx.Rngs(0)), recipe="rowwise")
-    graphdef, params = nnx.split(model, nnx.Param)
+@pytest.mark.parametrize("recipe", ["rowwise", "delayed"])
+def test_micro_batches_in_a_scan(recipe):
+    model = fp8.convert(nnx.Linear(32, 8, rngs=nnx.Rngs(0)), recipe=recipe)
+    graphdef, params, amaxes = nnx.split(model, nnx.Param, ...)
     xs = samples((3, 6, 32))
 
-    def loss(params, x):
-        return jnp.square(nnx.merge(graphdef, params)(x)).sum()
+    def loss(params, amaxes, x):
+        merged = nnx.merge(graphdef, params, amaxes, copy=True)
+        return jnp.square(merged(x)).sum(), nnx.state(merged, fp8.ScalingVariable)
 
-    def accumulate(total, x):
-        return jax.tree.map(jnp.add, total, jax.grad(loss)(params, x)), None
+    def accumulate(carry, x):
+        total, amaxes = carry
+        gradient, amaxes = jax.grad(loss, has_aux=True)(params, amaxes, x)
+        return (jax.tree.map(jnp.add, total, gradient), amaxes), None
 
-    total, _ = jax.jit(
-        lambda xs: jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params), xs)
+    (total, amaxes), _ = jax.jit(
+        lambda xs: jax.lax.scan(accumulate, (jax.tree.map(jnp.zeros_like, params), amaxes), xs)
     )(xs)
     gradient = nnx.jit(nnx.grad(lambda model, x: jnp.square(model(x)).sum()))
     each = [gradient(model, x) for x in xs]
     want = jax.tree.map(lambda *leaves: sum(leaves), *each)
     for one, other in zip(jax.tree.leaves(total), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    ref.assert_same_trees(amaxes, nnx.state(model, fp8.ScalingVariable))
+    if recipe == "delayed":
+        of_activations, of_weights = (
+            amaxes["dot_general"][f"{name}_amax"][...] for name in ("activation", "weight")
+        )
+        ref.assert_same_bits(of_activations[:3], jnp.max(jnp.abs(xs), axis=(1, 2))[::-1])
+        assert np.count_nonzero(of_weights == jnp.max(jnp.abs(model.kernel[...]))) == 4
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "static"])
+def test_accumulation_in_the_optimizer(recipe):
+    """The optimizer touches no amax, and donated buffers change no number."""
+    xs = jnp.asarray([1.0, 3.0, 0.5, 2.0])[:, None, None] * samples((4, 6, 32))
+    rule = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
+    rule = optax.MultiSteps(rule, every_k_schedule=2)
+    dynamic = nnx.Optimizer(mlp("rowwise"), rule, wrt=nnx.Param)
+
+    def largest(x):
+        return jnp.max(jnp.abs(x))
+
+    def amaxes_of(model):
+        return nnx.state(model, fp8.ScalingVariable)
+
+    def train(donated):
+        model = mlp(recipe)
+        if recipe == "static":
+            fp8.calibrate(model, xs[:1])
+        optimizer = nnx.Optimizer(model, rule, wrt=nnx.Param)
+        assert_same_structure(
+            nnx.to_pure_dict(nnx.state(optimizer)), nnx.to_pure_dict(nnx.state(dynamic))
+        )
+        buffers = jax.tree.leaves((nnx.state(model), nnx.state(optimizer)))
+        start = jax.tree.map(np.array, amaxes_of(model))
+
+        @functools.partial(nnx.jit, donate_argnums=donated)
+        def step(model, optimizer, x):
+            def loss(model):
+                hidden = model.layers[1](model.layers[0](x))
+                return jnp.square(model.layers[2](hidden) - 1).mean(), largest(hidden)
+
+            (value, of_hidden), gradients = nnx.value_and_grad(loss, has_aux=True)(model)
+            kernels = [largest(model.layers[i].kernel[...]) for i in (0, 2)]
+            before = jax.tree.leaves(amaxes_of(model))
+            optimizer.update(model, gradients)
+            after = jax.tree.leaves(amaxes_of(model))
+            assert all(one is other for one, other in zip(before, after, strict=True))
+            return value, {"activation": [largest(x), of_hidden], "weight": kernels}
+
+        steps = [step(model, optimizer, x) for x in xs]
+        assert all(buffer.is_deleted() == bool(donated) for buffer in buffers)
+        return start, model, (steps, nnx.state(model), nnx.state(optimizer))
+
+    start, model, results = train(donated=(0, 1))
+    ref.assert_same_trees(results, train(donated=())[-1])
+    seen = [amaxes for _, amaxes in results[0]]
+    kernels = [amaxes["weight"][0] for amaxes in seen]
+    assert kernels[0] == kernels[1] != kernels[2] == kernels[3]
+    for i in (0, 2):
+        for name, amaxes in start["layers"][i]["dot_general"].items():
+            before = amaxes[...].tolist()
+            own = [float(one[name.removesuffix("_amax")][i // 2]) for one in reversed(seen)]
+            want = [*own, *before][: len(before)] if recipe == "delayed" else before
+            assert getattr(model.layers[i].dot_general, name)[...].tolist() == want
 
 
 # --- Static scales --------------------------------------------------------------------------------

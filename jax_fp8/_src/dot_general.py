@@ -170,14 +170,13 @@ def check_operand(op: str, name: str, x: Any) -> Any:
         if name == "rhs":
             return x
         raise TypeError(f"{op}: a PreparedWeight is a right operand, got one as {name}")
-    if not hasattr(x, "dtype"):
-        x = jnp.asarray(x)
+    x = jnp.asarray(x)  # Of float64 a float32, as in lax, where jax_enable_x64 is off.
     if x.dtype not in WIDE_DTYPES:
         raise TypeError(
             f"{op}: {name} must be float32, bfloat16 or float16, or a ScaledArray, got"
             f" {describe(x)}"
         )
-    return jnp.asarray(x)
+    return x
 
 
 def _check_dimensions(op: str, lhs: Any, rhs: Any, dimension_numbers: Any) -> Any:

@@ -18,7 +18,8 @@ def einsum(spec: str, lhs: Any, rhs: Any, *, out_sharding: Any = None, **options
 
     Args:
       spec: subscripts as ``"...d,df->...f"``. An index that one operand alone has, and the result
-        has not, is summed over before the product; one that an operand has twice is refused.
+        has not, is summed over before the product; one that an operand has twice is refused. An
+        axis of one element is broadcast.
       lhs: the activation: a wide array, or a ScaledArray that lies as its product takes it: axes
         that stay in a batch in front, and as its last the one axis that is summed over.
       rhs: the weight: likewise, or a PreparedWeight.
@@ -58,13 +59,20 @@ def einsum_by(
     for name, labels in (("lhs", left), ("rhs", right), ("the result", result)):
         if len(set(labels)) < len(labels):
             raise ValueError(f"einsum: {spec!r} has an index of {name} twice")
-    sizes = dict(zip(left, lhs.shape, strict=True))
-    for label, size in zip(right, rhs.shape, strict=True):
-        if sizes.setdefault(label, size) != size:
+    for name, labels, x in (("lhs", left, lhs), ("rhs", right, rhs)):
+        if len(labels) != len(x.shape):
+            raise ValueError(f"einsum: {spec!r} has {len(labels)} axes of {name}, got {x.shape}")
+    sizes = dict(zip(left, lhs.shape, strict=True)), dict(zip(right, rhs.shape, strict=True))
+    for label in sizes[0].keys() & sizes[1].keys():
+        one, other = sizes[0][label], sizes[1][label]
+        if one != other and 1 not in (one, other):
             raise ValueError(
-                f"einsum: {spec!r} has index {label!r} of size {sizes[label]} in lhs {lhs.shape}"
-                f" and of {size} in rhs {rhs.shape}"
+                f"einsum: {spec!r} has an axis of {one} in lhs {lhs.shape} and of {other} in rhs"
+                f" {rhs.shape}"
             )
+    # One element goes with any number of them: without the axis, the operand has it for all.
+    lhs, left = _sum_out(spec, "lhs", lhs, left, _unless_single(*sizes))
+    rhs, right = _sum_out(spec, "rhs", rhs, right, _unless_single(*sizes[::-1]))
     lhs, left = _sum_out(spec, "lhs", lhs, left, right + result)
     rhs, right = _sum_out(spec, "rhs", rhs, right, left + result)
     # The batch axes of a ScaledArray stay where they are: those of the other operand move.
@@ -89,13 +97,18 @@ def einsum_by(
     return (y, *state) if state else y
 
 
+def _unless_single(own: dict[str, int], others: dict[str, int]) -> str:
+    """The labels of an operand, but those of which it has one element and the other more."""
+    return "".join(label for label, size in own.items() if size > 1 or others.get(label, 1) <= 1)
+
+
 def _sum_out(spec: str, name: str, x: Any, labels: str, others: str) -> tuple[Any, str]:
     """Sums over the axes that no one else has."""
     alone = tuple(i for i, label in enumerate(labels) if label not in others)
     if alone and not isinstance(x, jax.Array):
         raise ValueError(
-            f"einsum: {spec!r} sums over an axis of {name} alone, which only wide values allow,"
-            f" got a {type(x).__name__}"
+            f"einsum: {spec!r} sums over or broadcasts an axis of {name}, which only wide values"
+            f" allow, got a {type(x).__name__}"
         )
     kept = "".join(label for label in labels if label in others)
     return (x.sum(alone) if alone else x), kept
