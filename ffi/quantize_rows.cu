@@ -118,7 +118,7 @@ Spread spread(const Quantize& q) {
   if (packs <= 128) return {32, single ? 8 : (packs <= 64 ? 2 : 4), 1};
   int cluster = 1, sms = 0;
   bool few = false;
-  if (packs > (q.follows ? 1024 : 2048) && is_measured(q) && has_clusters()) {
+  if (packs > (q.follows && !single ? 1024 : 2048) && is_measured(q) && has_clusters()) {
     few = device_attribute(cudaDevAttrMultiProcessorCount, &sms) == cudaSuccess &&
           rows * kMaxCluster <= sms;
     const int64_t needed = packs <= 4096 ? 1 : ceil_div(packs, 2048);

@@ -99,7 +99,7 @@ def einsum_by(
 
 def _unless_single(own: dict[str, int], others: dict[str, int]) -> str:
     """The labels of an operand, but those of which it has one element and the other more."""
-    return "".join(label for label, size in own.items() if size > 1 or others.get(label, 1) <= 1)
+    return "".join(label for label, size in own.items() if size != 1 or others.get(label, 1) == 1)
 
 
 def _sum_out(spec: str, name: str, x: Any, labels: str, others: str) -> tuple[Any, str]:
