@@ -290,14 +290,21 @@ def made_up(losses=(0.8, 0.803, 0.805), times=(30.0, 25.0, 26.0, 27.0)):
     ],
 )
 def test_targets(changed, count):
-    verdicts = targets.check(made_up(**changed), report.KEYS)
+    found = made_up(**changed)
+    verdicts = targets.check(found, report.KEYS)
+    others = ("blockwise", "delayed", "static", "weight_only")  # They need only be there.
+    assert [v.what.split(", ")[-1] for v in verdicts if v.figure is None] == [
+        f"{name}: steps" for name in others
+    ]
+    found["rows"] += [{**found["rows"][0], "variant": name} for name in others]
+    verdicts = targets.check(found, report.KEYS)
     missed = [str(verdict) for verdict in verdicts if not verdict.passed]
-    assert len(verdicts) == 2 * 2 + 2 * 2 + 2 * 3 and len(missed) == count, missed
+    assert len(verdicts) == 2 * 2 + 2 * 2 + 2 * 2 + 6 and len(missed) == count, missed
 
 
 def test_what_was_not_run_misses_its_targets():
     verdicts = targets.check({"name": "gpt", "rows": []}, report.KEYS)
-    assert len(verdicts) == 14 and not any(verdict.passed for verdict in verdicts)
+    assert len(verdicts) == 18 and not any(verdict.passed for verdict in verdicts)
 
 
 def test_table_and_picture(tmp_path):
