@@ -29,6 +29,12 @@ SHAPES: dict[str, tuple[tuple[str, tuple[str, ...], int | None], ...]] = {
 }
 
 
+def recipes(preset: str) -> list[str]:
+    """What is trained in full to be compared with bf16."""
+    names = next(names for name, names, _ in SHAPES["all"] if name == preset)
+    return [name for name in names if not name.startswith(REFERENCE)]
+
+
 def run(shapes: str = "all") -> list[Row]:
     """Trains; ``shapes`` is a key of SHAPES.
 

@@ -221,8 +221,6 @@ def _training(problems: Problems, _: MemoryUs) -> Iterator[Verdict]:
 
 #: Recipe -> how much more than bf16's, in %, the GPT's last loss may be.
 _LOSSES = {"rowwise": 0.5, "tensorwise": 1.0}
-#: With which the GPT is trained.
-_RECIPES = (*_LOSSES, "blockwise", "delayed", "static", "weight_only")
 #: Preset of the GPT -> how many times as fast as bf16's its step is.
 _GPT_SPEEDUPS = {"100m": 1.0, "wide": 1.5}
 
@@ -249,7 +247,7 @@ def _gpt(problems: Problems, _: MemoryUs) -> Iterator[Verdict]:
                     yield Verdict(what, off, most)
             if preset != "100m":
                 continue
-            for name in _RECIPES:
+            for name in gpt.recipes(preset):
                 steps = group.get(name, {}).get("steps")
                 yield Verdict(f"{said}, {name}: steps", steps, 1000, at_most=False)
 

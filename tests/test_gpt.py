@@ -299,12 +299,12 @@ def test_targets(changed, count):
     found["rows"] += [{**found["rows"][0], "variant": name} for name in others]
     verdicts = targets.check(found, report.KEYS)
     missed = [str(verdict) for verdict in verdicts if not verdict.passed]
-    assert len(verdicts) == 2 * 2 + 2 * 2 + 2 * 2 + 6 and len(missed) == count, missed
+    assert len(verdicts) == 2 * 2 + 2 * 2 + 2 * 2 + 7 and len(missed) == count, missed
 
 
 def test_what_was_not_run_misses_its_targets():
     verdicts = targets.check({"name": "gpt", "rows": []}, report.KEYS)
-    assert len(verdicts) == 18 and not any(verdict.passed for verdict in verdicts)
+    assert len(verdicts) == 19 and not any(verdict.passed for verdict in verdicts)
 
 
 def test_table_and_picture(tmp_path):

@@ -385,9 +385,6 @@ def test_measuring_in_a_jitted_step_changes_no_number():
 
     measured, found = step(variables)
     assert list(measured) == ["DotGeneral_0"]
-    assert summaries(measured) == fp8.health(layer, variables, loss, x)
+    stats = {path: jax_fp8.summarize(probe) for path, probe in measured.items()}
+    assert stats == fp8.health(layer, variables, loss, x)
     ref.assert_same_trees(found, jax.jit(gradients)(variables))
-
-
-def summaries(measured):
-    return {path: jax_fp8.summarize(probe) for path, probe in measured.items()}
