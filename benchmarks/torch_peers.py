@@ -7,6 +7,7 @@ answer is a line of JSON.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from typing import Any
@@ -87,19 +88,18 @@ class Chains:
             results = [call(x, *self._rotated[i % len(self._rotated)]) for i in range(calls)]
         return graph, results
 
-    def _replay(self, which: int) -> float:
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    def pair(self) -> list[float]:
+        """Microseconds of n and of 2n calls, one behind the other as in ``timing.chain``: a card
+        that has just been idle would run faster."""
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
         with torch.cuda.stream(self._stream):
             torch.cuda._sleep(self._cycles)
-            start.record()
-            self._graphs[which][0].replay()
-            stop.record()
-        stop.synchronize()
-        return 1e3 * start.elapsed_time(stop)
-
-    def pair(self) -> list[float]:
-        """Microseconds of n and of 2n calls."""
-        return [self._replay(0), self._replay(1)]
+            marks[0].record()
+            for (graph, _), mark in zip(self._graphs, marks[1:], strict=True):
+                graph.replay()
+                mark.record()
+        marks[-1].synchronize()
+        return [1e3 * a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
 
 
 def _answer(line: str, slots: dict[str, Chains]) -> dict[str, Any]:

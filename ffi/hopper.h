@@ -85,11 +85,27 @@ __device__ inline int cluster_size() {
   return static_cast<int>(size);
 }
 
+__device__ inline void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+}
+__device__ inline void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
 __device__ inline void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
+
+// Into the shared memory of block `rank` of the cluster, where this block has `address`.
+__device__ inline void store_remote(uint32_t address, int rank, float value) {
   asm volatile(
-      "barrier.cluster.arrive.release;\n"
-      "barrier.cluster.wait.acquire;" ::
-          : "memory");
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "st.shared::cluster.f32 [remote], %2;\n"
+      "}" ::"r"(address),
+      "r"(rank), "f"(value)
+      : "memory");
 }
 
 // A barrier for some of the block's threads, `id` from 1 on; 0 is that of __syncthreads.

@@ -1,7 +1,10 @@
+#include <cooperative_groups.h>
+
 #include <algorithm>
 #include <type_traits>
 
 #include "ffi/finish.h"
+#include "ffi/follow.h"
 #include "ffi/gemv.h"
 #include "ffi/small_m.h"
 #include "ffi/small_m_device.h"
@@ -11,14 +14,18 @@
 namespace jax_fp8 {
 namespace {
 
+namespace cg = cooperative_groups;
+
 constexpr int kMaxM = 64;
 constexpr int kMaxStages = 8;
+constexpr int kMostSplits = 8;  // Thread blocks that share the K of a tile.
 
 // --- The kernel ----------------------------------------------------------------------------------
 
 // A block goes through tiles of 16 * rows rows of W by 8 * tokens rows of X. Its warps take turns
 // in chunks of K, of which each has a ring of slots of its own; their sums meet at the end of the
-// tile.
+// tile. Where there are few tiles, the blocks of a cluster share the K of one, and each finishes a
+// part of it, with the sums of all.
 //
 // A slot holds 128 bytes of each row, then the next 128 bytes. Of those, the 16 bytes at column i
 // of row r lie at column i ^ (r % 8), as box copies can lay them and no reader meets a bank twice.
@@ -40,6 +47,7 @@ struct Plan {
   int stages;    // Slots of a ring.
   int x_slots;   // The same, or enough for all of a warp's K:
   bool x_stays;  // X is copied once and not for each tile.
+  int splits;    // Blocks of a cluster, which has one tile if these are several.
 };
 
 // `e4m3`: all that is FP8 is E4M3. Else each decoding asks for the format, which takes time.
@@ -55,11 +63,13 @@ __global__ void __launch_bounds__(S::kThreads)
 
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int b = static_cast<int>(blockIdx.y);
-  const int rows = static_cast<int>(p.n), first_tile = static_cast<int>(blockIdx.x) * S::kTileRows;
-  const int tile_step = static_cast<int>(gridDim.x) * S::kTileRows;
+  const int splits = plan.splits, split = static_cast<int>(blockIdx.x) % splits;
+  const int rows = static_cast<int>(p.n);
+  const int first_tile = static_cast<int>(blockIdx.x) / splits * S::kTileRows;
+  const int tile_step = static_cast<int>(gridDim.x) / splits * S::kTileRows;
   const int k_size = static_cast<int>(p.k), m_size = static_cast<int>(p.m);
-  const int first_k = warp * S::kChunk;
-  constexpr int round_k = S::kWarps * S::kChunk;
+  const int first_k = (split * S::kWarps + warp) * S::kChunk;
+  const int round_k = splits * S::kWarps * S::kChunk;
   const int rounds = (k_size + round_k - 1) / round_k;
   const Type w_type = e4m3 ? Type::kE4M3 : p.w.type;
   const Type x_type = e4m3 ? Type::kE4M3 : p.x.type;
@@ -188,10 +198,17 @@ __global__ void __launch_bounds__(S::kThreads)
     // The slot read last takes the sums of its warp; all warps are at the same stage.
     auto* const own_sums = reinterpret_cast<float4*>(slot) + lane;
     constexpr int kFloat4s = S::kSlot / sizeof(float4);
-    const float4* const first_sums = own_sums - warp * plan.stages * kFloat4s;
+    float4* const first_sums = own_sums - warp * plan.stages * kFloat4s;
+    const auto synchronize = [&] {
+      if (splits > 1) {
+        cg::this_cluster().sync();
+      } else {
+        __syncthreads();
+      }
+    };
 #pragma unroll
     for (int pass = 0; pass < S::kRows; pass += S::kPass) {
-      if (pass > 0) __syncthreads();
+      if (pass > 0) synchronize();
 #pragma unroll
       for (int r = 0; r < S::kPass && pass + r < S::kRows; ++r) {
 #pragma unroll
@@ -200,14 +217,18 @@ __global__ void __launch_bounds__(S::kThreads)
           own_sums[(r * S::kTokens + t) * 32] = make_float4(c[0], c[1], c[2], c[3]);
         }
       }
-      __syncthreads();
+      synchronize();
       const int fragments = min(S::kPass, S::kRows - pass) * S::kTokens;
-      for (int f = warp; f < fragments; f += S::kWarps) {
+      for (int f = split * S::kWarps + warp; f < fragments; f += splits * S::kWarps) {
         float total[4] = {};
+        for (int other = 0; other < splits; ++other) {
+          const float4* const sums_of =
+              splits > 1 ? cg::this_cluster().map_shared_rank(first_sums, other) : first_sums;
 #pragma unroll
-        for (int i = 0; i < S::kWarps; ++i) {
-          const float4 sum = first_sums[i * plan.stages * kFloat4s + f * 32];
-          total[0] += sum.x, total[1] += sum.y, total[2] += sum.z, total[3] += sum.w;
+          for (int i = 0; i < S::kWarps; ++i) {
+            const float4 sum = sums_of[i * plan.stages * kFloat4s + f * 32];
+            total[0] += sum.x, total[1] += sum.y, total[2] += sum.z, total[3] += sum.w;
+          }
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -223,7 +244,7 @@ __global__ void __launch_bounds__(S::kThreads)
       }
     }
     fence_boxes();
-    __syncthreads();  // Before the slot is filled again.
+    synchronize();  // Before the slot is filled again, or its block ends.
     fetch();
   }
   if (p.amax != nullptr) amax_to_memory(p.amax, largest);
@@ -261,9 +282,10 @@ cudaError_t launch(const Product& p, const Device& device, cudaStream_t stream) 
   const int budget =
       device.memory - device.reserved - alignment - static_cast<int>(attributes.sharedSizeBytes);
   constexpr int w_slot = S::kWarps * S::kSlot, x_slot = S::kWarps * S::kXSlot;
-  const int64_t rounds = ceil_div(p.k, S::kWarps * S::kChunk);
+  const int64_t tiles = ceil_div(p.n, S::kTileRows), round_k = S::kWarps * S::kChunk;
   Plan plan;
-  const int64_t tiles = ceil_div(p.n, S::kTileRows);
+  plan.splits = splits_of(tiles, device.processors, p.k, round_k, kMostSplits);
+  const int64_t rounds = ceil_div(p.k, plan.splits * round_k);
   plan.x_stays = budget - rounds * x_slot >= 2 * w_slot;
   const int64_t stages =
       plan.x_stays ? (budget - rounds * x_slot) / w_slot : budget / (w_slot + x_slot);
@@ -281,9 +303,10 @@ cudaError_t launch(const Product& p, const Device& device, cudaStream_t stream) 
                   128)) {
     return cudaErrorInvalidValue;
   }
-  const dim3 grid(static_cast<unsigned>(std::min(tiles, blocks)), static_cast<unsigned>(p.batch));
-  kernel<<<grid, S::kThreads, bytes, stream>>>(p, plan, w_map, x_map);
-  return cudaGetLastError();
+  const int64_t clusters = plan.splits > 1 ? tiles : std::min(tiles, blocks);
+  const dim3 grid(static_cast<unsigned>(clusters * plan.splits), static_cast<unsigned>(p.batch));
+  return launch_clusters(kernel, false, plan.splits, grid, S::kThreads, bytes, stream, p, plan,
+                         w_map, x_map);
 }
 
 // What was fastest on an H200, where weights of 4096 x 4096 to 28672 x 4096 were tried.

@@ -5,6 +5,25 @@
 
 #include "ffi/fp8.h"
 
+namespace jax_fp8 {
+namespace {
+
+// How many thread blocks share the K of a tile, of which each has a round of `round_k` at least: as
+// many as take three quarters of the device, for clusters that need nearly all of it do not find
+// room at once (1 x 1024 x 4096 took 7.6 us instead of 5.1). Whatever the batch, so that the bits
+// of its entries are those of each by itself.
+inline int splits_of(int64_t tiles, int64_t processors, int64_t k, int64_t round_k, int most) {
+  const int64_t room = processors * 3 / 4;
+  int splits = 1;
+  while (2 * splits <= most && tiles * 2 * splits <= room && round_k * 2 * splits <= k) {
+    splits *= 2;
+  }
+  return splits;
+}
+
+}  // namespace
+}  // namespace jax_fp8
+
 #if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
 namespace jax_fp8 {
 namespace {

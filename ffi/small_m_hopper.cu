@@ -8,24 +8,34 @@
 namespace jax_fp8 {
 namespace {
 
-// Of all groups; each takes a chunk in each.
-int64_t rounds_of(const Product& p) { return ceil_div(p.k, kGroups * kChunk); }
+// Of all groups of a tile's blocks; each takes a chunk in each.
+int64_t rounds_of(const Product& p, int splits = 1) {
+  return ceil_div(p.k, splits * kGroups * kChunk);
+}
 
 template <int columns>
 cudaError_t launch(const Product& p, int processors, bool follows, cudaStream_t stream) {
   constexpr int most_slots = most_x_slots(columns);
   static_assert(most_slots > 1);
-  const int64_t rounds = rounds_of(p);
-  const int x_slots = static_cast<int>(std::min<int64_t>(rounds, most_slots));
   const bool quantizes = p.x.type == Type::kBF16;
+  const int64_t tiles = ceil_div(p.n, kTileRows);  // Of two halves for a SwiGLU.
+  const int splits =
+      quantizes ? 1 : splits_of(tiles, processors, p.k, kGroups * kChunk, kMostSplits);
+  const int64_t rounds = rounds_of(p, splits);
+  const int x_slots = static_cast<int>(std::min<int64_t>(rounds, most_slots));
   CUtensorMap x_map{};
-  auto kernel = rounds <= most_slots ? small_m_hopper_kernel<columns, true, false>
-                                     : small_m_hopper_kernel<columns, false, false>;
+  const bool x_stays = rounds <= most_slots;
+  auto kernel = x_stays ? small_m_hopper_kernel<columns, true, false, false>
+                        : small_m_hopper_kernel<columns, false, false, false>;
+  if (splits > 1) {
+    kernel = x_stays ? small_m_hopper_kernel<columns, true, false, true>
+                     : small_m_hopper_kernel<columns, false, false, true>;
+  }
   if constexpr (columns == 8) {
     static_assert(kMostXQuantizing <= most_slots &&
                   bytes_without_x(8) + kGroups * kMostXQuantizing * x_chunk(8) <=
                       kMostBytesQuantizing);
-    if (quantizes) kernel = small_m_hopper_kernel<columns, true, true>;
+    if (quantizes) kernel = small_m_hopper_kernel<columns, true, true, false>;
   } else if (quantizes) {
     return cudaErrorInvalidValue;  // small_m_hopper_quantizes was not asked.
   }
@@ -37,11 +47,12 @@ cudaError_t launch(const Product& p, int processors, bool follows, cudaStream_t 
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                            quantizes ? kMostBytesQuantizing : kMostBytes);
   if (error != cudaSuccess) return error;
-  const int64_t tiles = ceil_div(p.n, kTileRows);  // Of two halves for a SwiGLU.
   const int64_t blocks = std::clamp<int64_t>(processors / p.batch, 1, tiles);
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(p.batch));
+  const int64_t clusters = splits > 1 ? tiles : blocks;
+  const dim3 grid(static_cast<unsigned>(clusters * splits), static_cast<unsigned>(p.batch));
   const int bytes = bytes_without_x(columns) + kGroups * x_slots * x_chunk(columns);
-  return launch_kernel(kernel, follows, grid, kThreads, bytes, stream, p, follows, x_slots, x_map);
+  return launch_clusters(kernel, follows, splits, grid, kThreads, bytes, stream, p, follows, splits,
+                         x_slots, x_map);
 }
 
 }  // namespace
@@ -61,14 +72,13 @@ bool small_m_hopper_quantizes(const Product& p, int capability) {
 }
 
 bool small_m_hopper_wins(const Product& p) {
-  // Measured with 4096 rows of W and more, with X in parts at 4096 x 14336 alone. As there is a
-  // block for each 32 rows, long K with fewer of them leaves multiprocessors idle.
+  // Measured with 512 rows of W and more, with X in parts at 4096 x 14336 alone.
   const bool x_stays = rounds_of(p) <= most_x_slots(p.m <= 8 ? 8 : 16);
   const bool is_long = p.n >= 4096 && p.k <= (p.m <= 8 ? 30720 : 18432);
   // With scales of tensors and so many rows of W, cublasLt takes 30.0 us on an H200 where this
   // takes 32.9; on an H100 they are level.
   if (p.m > 8 && p.n >= 28672 && p.x.per_tensor() && p.w.per_tensor()) return false;
-  return p.n >= 2048 && p.k >= 1024 && (x_stays || is_long);
+  return p.n >= 512 && p.k >= 1024 && (x_stays || is_long);
 }
 
 cudaError_t small_m_hopper(const Product& p, cudaStream_t stream, bool follows) {

@@ -21,6 +21,7 @@ constexpr int kStride = kTileRows + 4;  // Between columns of sums, so that no b
 constexpr int kBuffers = 2;             // For the sums of tiles.
 // Of shared memory; the rest is for barriers and, where the kernel quantizes X, for that.
 constexpr int kMostBytes = (227 << 10) - 1024, kMostBytesQuantizing = kMostBytes - 1024;
+constexpr int kMostSplits = 4;        // Thread blocks that share the K of a tile.
 constexpr int kMostXQuantizing = 14;  // Slots of X there, for K up to 14336, which was tried.
 
 // Chunks of W that a group has on their way, bytes of X that belong to one, and floats of a group's
@@ -124,13 +125,16 @@ __device__ void multiply(float (&d)[16], const uint32_t (&a)[4], uint64_t b) {
 //
 // The tensor cores' sums have few bits: a thread adds them up in float32 after 128 products.
 //
+// Where there are few tiles, the blocks of a cluster share the K of one: their groups take its
+// chunks in turns, and the first block gets the sums of the others and finishes.
+//
 // For a SwiGLU a tile is 16 rows of gates and the 16 that go with them, 16 columns of D.
 //
 // Where it `follows` the kernel that writes X, it starts and copies the first of W while that one
 // runs. It lets another follow in the same way. What it `quantizes` is a row of bfloat16.
-template <int columns, bool x_stays, bool quantizes>
+template <int columns, bool x_stays, bool quantizes, bool shares>
 __global__ void __launch_bounds__(kThreads)
-    small_m_hopper_kernel(Product p, bool follows, int x_slots,
+    small_m_hopper_kernel(Product p, bool follows, int blocks_of_tile, int x_slots,
                           const __grid_constant__ CUtensorMap x_map) {
 #if __CUDA_ARCH__ == 900
   constexpr int kDepth = depth_of(columns), kXChunk = x_chunk(columns),
@@ -139,6 +143,7 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kMostSlots = most_x_slots(columns);
   __shared__ uint64_t x_full_barriers[kGroups][kMostSlots], x_read_barriers[kGroups][kMostSlots];
   __shared__ uint64_t sums_read_barriers[kBuffers];
+  static_assert((kMostSplits - 1) * columns / 4 * 128 <= kGroups * kSums && kBuffers > 1);
   static_assert(sizeof(x_full_barriers) + sizeof(x_read_barriers) + sizeof(sums_read_barriers) <=
                 (227 << 10) - kMostBytes);
 
@@ -147,8 +152,10 @@ __global__ void __launch_bounds__(kThreads)
   const int k_size = static_cast<int>(p.k), m_size = static_cast<int>(p.m);
   const int d_columns = static_cast<int>(p.d_columns());
   const int tile_columns = p.swiglu ? kTileRows / 2 : kTileRows;
-  const int first_n = static_cast<int>(blockIdx.x) * tile_columns;
-  const int step_n = static_cast<int>(gridDim.x) * tile_columns;
+  const int splits = shares ? blocks_of_tile : 1;  // Else known when it is compiled.
+  const int split = static_cast<int>(blockIdx.x) % splits, takers = kGroups * splits;
+  const int first_n = static_cast<int>(blockIdx.x) / splits * tile_columns;
+  const int step_n = static_cast<int>(gridDim.x) / splits * tile_columns;
   const int chunks = (k_size + kChunk - 1) / kChunk;
   const uint32_t x_memory = hopper::shared_address(memory);
   const uint32_t ring = x_memory + kGroups * x_slots * kXChunk;
@@ -158,11 +165,12 @@ __global__ void __launch_bounds__(kThreads)
 
   // The chunks of K that a group takes, one a round.
   const int taker = group < kGroups ? group : thread / 32 % 4;
-  const int own_rounds = chunks > taker ? (chunks - taker + kGroups - 1) / kGroups : 0;
+  const int first_chunk = split * kGroups + taker;
+  const int own_rounds = chunks > first_chunk ? (chunks - first_chunk + takers - 1) / takers : 0;
 
   // W: 16 threads copy the chunk of a row, and of every second row after it.
   const int warp_row = thread % 128 / 32 * 8, own_row = warp_row + lane / 16;
-  const int own_k = taker * kChunk + lane % 16 * 16;
+  const int own_k = first_chunk * kChunk + lane % 16 * 16;
   const uint32_t own_ring = ring + taker * (kDepth * kSlot);
   const uint64_t policy = policy_read_once();
   const bool is_up_row = p.swiglu && warp_row >= kTileRows / 2;  // What goes with the gates.
@@ -177,8 +185,8 @@ __global__ void __launch_bounds__(kThreads)
                 exists ? source : p.w.data, exists, policy);
     }
     commit_packs();
-    fetch_k += kGroups * kChunk;
-    if (fetch_k >= own_k + own_rounds * kGroups * kChunk) {
+    fetch_k += takers * kChunk;
+    if (fetch_k >= own_k + own_rounds * takers * kChunk) {
       fetch_k = own_k;
       fetch_n += step_n;
       w += step_n * int64_t{k_size};
@@ -193,14 +201,15 @@ __global__ void __launch_bounds__(kThreads)
     hopper::barrier_expect(x_full + 8 * slot, kXChunk);
     for (int half = 0; half < 2; ++half) {
       hopper::copy_in(x_memory + (own_x + slot) * kXChunk + half * (kXChunk / 2), x_map,
-                      x_full + 8 * slot, (round * kGroups + taker) * kChunk + half * (kChunk / 2),
-                      0, b);
+                      x_full + 8 * slot,
+                      (round * takers + first_chunk) * kChunk + half * (kChunk / 2), 0, b);
     }
   };
 
   // X goes behind the first of W, but not behind all, whose queue is long. The last group asks for
   // it, a warp for each of the others, which go on with W meanwhile.
   let_follow();
+  if (shares) hopper::cluster_arrive();
   constexpr int all_packs = kGroups * kMostXQuantizing * kChunk / fused::kWidth;
   [[maybe_unused]] RowOfBlock<kThreads, (all_packs + kThreads - 1) / kThreads> own_x_row;
   if (quantizes && !follows) {  // Ahead of all of W, for it is there already.
@@ -278,6 +287,24 @@ __global__ void __launch_bounds__(kThreads)
         for (int i = 0; i < columns / 4; ++i) totals[i] += sums[g * kSums + 4 * i * kStride];
       }
       hopper::barrier_arrive(sums_read + 8 * buffer);
+      if (shares) {  // The only tile: the other buffer is free.
+        float* const others = sums_memory + kGroups * kSums + thread % 128;
+        hopper::cluster_wait();  // All blocks run: their memory can be written.
+#pragma unroll
+        for (int i = 0; i < columns / 4; ++i) {
+          if (split == 0) break;
+          float* const place = others + ((split - 1) * (columns / 4) + i) * 128;
+          hopper::store_remote(hopper::shared_address(place), 0, totals[i]);
+        }
+        hopper::cluster_sync();
+        if (split > 0) break;
+        for (int other = 0; other < splits - 1; ++other) {
+#pragma unroll
+          for (int i = 0; i < columns / 4; ++i) {
+            totals[i] += others[(other * (columns / 4) + i) * 128];
+          }
+        }
+      }
 #pragma unroll
       for (int i = 0; i < columns / 4; ++i) {
         const int m = first_m + 4 * i;
@@ -369,6 +396,10 @@ __global__ void __launch_bounds__(kThreads)
       hopper::threads_arrive(1 + buffer, kThreads);
     }
     wait_for_packs<0>();  // Zeros, of tiles that do not exist.
+    if (shares) {
+      hopper::cluster_wait();
+      hopper::cluster_sync();
+    }
   }
 #endif
 }

@@ -79,6 +79,39 @@ def test_x_that_comes_in_parts(rng, m, n, k):
     np.testing.assert_array_equal(got, ref.product(x, w)[0].astype(np.float32))
 
 
+# On a card of 132 multiprocessors: four blocks share K or more, two, none.
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 8, 9, 16, 17, 64])
+@pytest.mark.parametrize(
+    "n, k",
+    [(1, 4096), (40, 65552), (513, 4096), (1000, 14336), (1530, 2064), (1600, 4096)],
+    ids=str,
+)
+def test_few_columns_of_which_blocks_share_k(rng, m, n, k):
+    x, w = operand(rng, (m, k), granularity="row"), operand(rng, (n, k), granularity="row")
+    check(x, w)
+    first, *others = (np.asarray(jax_fp8.scaled_matmul(x, w, **F32_OUT)) for _ in range(4))
+    for other in others:
+        ref.assert_same_bits(other, first)
+    x, w = integers(rng, (2, m, k)), integers(rng, (2, n, k))
+    got = np.asarray(jax_fp8.scaled_matmul(x, w, **F32_OUT))
+    np.testing.assert_array_equal(got, ref.product(x, w)[0].astype(np.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [3, 16, 40])
+def test_an_entry_of_a_batch_has_the_bits_it_has_alone(rng, m):
+    x, w = operand(rng, (3, m, 8208)), operand(rng, (3, 400, 8208))
+    got = np.asarray(jax_fp8.scaled_matmul(x, w, **F32_OUT))
+    for i in range(3):
+        alone = jax_fp8.scaled_matmul(
+            scaled(x.data[i], x.scale[i], "tensor"),
+            scaled(w.data[i], w.scale[i], "tensor"),
+            **F32_OUT,
+        )
+        ref.assert_same_bits(got[i], np.asarray(alone))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 8, 16])
 def test_batches_of_x_in_parts(rng, m):
@@ -186,9 +219,10 @@ def test_the_bits_do_not_change(rng, m):
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"], ids=str)
 @pytest.mark.parametrize("bias_dtype", [None, *ref.WIDE], ids=pair_id)
 def test_every_epilogue(rng, out, activation, bias_dtype):
-    for m in (1, 13, 30, 64):
-        x = operand(rng, (m, 272), granularity="row")
-        w = operand(rng, (50, 272), granularity="row")
+    # With the longer K several blocks share it.
+    for m, k in itertools.product((1, 13, 30, 64), (272, 8208)):
+        x = operand(rng, (m, k), granularity="row")
+        w = operand(rng, (50, k), granularity="row")
         bias = None if bias_dtype is None else jnp.asarray(2 * rng.standard_normal(50), bias_dtype)
         fp8 = {"output_scale": 0.25, "return_amax": True} if out in ref.FP8 else {}
         result = jax_fp8.scaled_matmul(
@@ -197,7 +231,7 @@ def test_every_epilogue(rng, out, activation, bias_dtype):
         expected, magnitudes = ref.product(x, w, bias, activation)
         sums, _ = ref.product(x, w, bias)
         error = ref.epilogue_error(
-            sums, ref.random_error(magnitudes, 272, fast=False), activation, bias
+            sums, ref.random_error(magnitudes, k, fast=False), activation, bias
         )
         if not fp8:
             ref.assert_close(result, expected, error)
@@ -273,7 +307,9 @@ def ran(x, w, **options):
         (90, "tensor", ref.E4M3, (16, 28672, 1024), "cublaslt"),
         (90, "tensor", ref.E4M3, (8, 28672, 1024), "small_m"),
         (90, "row", (ref.E5M2, ref.E4M3), (8, 2048, 1024), "cublaslt"),
-        (90, "row", ref.E4M3, (8, 1024, 1024), "cublaslt"),
+        (90, "row", ref.E4M3, (8, 1024, 1024), "small_m"),
+        (90, "row", ref.E4M3, (16, 512, 2048), "small_m"),
+        (90, "row", ref.E4M3, (16, 496, 4096), "cublaslt"),
         (90, "row", ref.E4M3, (8, 4096, 512), "cublaslt"),
         (90, "tensor", ref.E4M3, (1, 2048, 8192), "small_m"),
         (90, "tensor", ref.E4M3, (17, 2048, 8192), "cublaslt"),
