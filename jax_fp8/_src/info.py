@@ -86,7 +86,7 @@ def choose(
         product = _choice(
             "cublaslt",
             f"FP8 tensor cores; row scales are applied {rows}",
-            ("'small_m' up to 16 rows of E4M3 by most of 512 x 2048, 1024 x 1024 and more; " if hopper else "")
+            ("'small_m' up to 16 rows of E4M3 by most of 512 x 2048 and more; " if hopper else "")
             + "for what cublasLt does not take (16-bit activations, E5M2 by E5M2, "
             + ("unaligned data): 'small_m' or 'decode'" if hopper else "blocks, ...): 'decode'"),
         )
