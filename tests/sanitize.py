@@ -36,7 +36,7 @@ PRODUCT_SHAPES = ((130, 136, 272), (33, 21, 45))  # M, N, K
 SMALL_M_SHAPES = (
     *((1, 136, 272), (7, 40, 1040), (16, 40, 1040), (20, 21, 16), (64, 50, 144)),
     *((3, 8500, 144), (12, 8500, 144), (17, 8500, 144)),  # Three tiles for some blocks.
-    *((9, 2200, 16400), (2, 40, 65552)),  # On Hopper, X in parts.
+    *((2, 2200, 16400), (9, 2200, 16400), (2, 40, 65552)),  # On Hopper, X in parts.
     *((2, 40, 27664), (16, 40, 20496), (20, 40, 8208)),  # Several blocks share K.
 )
 # Ragged, and then such as take tiles of other sizes in the Hopper kernel.
