@@ -246,7 +246,7 @@ def check_product(implementation, pair):
         m, n, k = shape
         w = operand((n, k), pair[1], granularities[1])
         # So that the sums are inside of float16's range.
-        w = scaled(w.data, w.scale * 2.0**-12, granularities[1])
+        w = scaled(w.data, w.scale * 2.0**-16, granularities[1])
         return operand((m, k), pair[0], granularities[0]), w
 
     sums = functools.cache(lambda *of: ref.product(*operands(*of)))
