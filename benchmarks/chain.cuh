@@ -95,12 +95,10 @@ class Stopwatch {
   // What it times starts behind a kernel of so many nanoseconds.
   explicit Stopwatch(int64_t head_start_ns) : head_start_ns_(head_start_ns) {
     BENCH_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
-    BENCH_CUDA(cudaEventCreate(&start_));
-    BENCH_CUDA(cudaEventCreate(&stop_));
+    for (cudaEvent_t& mark : marks_) BENCH_CUDA(cudaEventCreate(&mark));
   }
   ~Stopwatch() {
-    cudaEventDestroy(start_);
-    cudaEventDestroy(stop_);
+    for (const cudaEvent_t mark : marks_) cudaEventDestroy(mark);
     cudaStreamDestroy(stream_);
   }
   Stopwatch(const Stopwatch&) = delete;
@@ -109,21 +107,43 @@ class Stopwatch {
 
   // Microseconds of a graph, launched while a kernel keeps the device busy.
   float replay(cudaGraphExec_t exec) const {
-    spin<<<1, 1, 0, stream_>>>(head_start_ns_);
-    BENCH_CUDA(cudaGetLastError());
-    BENCH_CUDA(cudaEventRecord(start_, stream_));
+    begin();
+    mark(0);
     BENCH_CUDA(cudaGraphLaunch(exec, stream_));
-    BENCH_CUDA(cudaEventRecord(stop_, stream_));
-    BENCH_CUDA(cudaEventSynchronize(stop_));
-    float ms = 0;
-    BENCH_CUDA(cudaEventElapsedTime(&ms, start_, stop_));
-    return 1e3f * ms;
+    mark(1);
+    BENCH_CUDA(cudaEventSynchronize(marks_[1]));
+    return between(0);
+  }
+
+  // Of two graphs, one behind the other, and both behind a run of the second: what comes first
+  // after a pause, or after another process, takes another time than what follows.
+  std::pair<float, float> replay(cudaGraphExec_t first, cudaGraphExec_t second) const {
+    begin();
+    BENCH_CUDA(cudaGraphLaunch(second, stream_));
+    mark(0);
+    BENCH_CUDA(cudaGraphLaunch(first, stream_));
+    mark(1);
+    BENCH_CUDA(cudaGraphLaunch(second, stream_));
+    mark(2);
+    BENCH_CUDA(cudaEventSynchronize(marks_[2]));
+    return {between(0), between(1)};
   }
 
  private:
+  void begin() const {
+    spin<<<1, 1, 0, stream_>>>(head_start_ns_);
+    BENCH_CUDA(cudaGetLastError());
+  }
+  void mark(int i) const { BENCH_CUDA(cudaEventRecord(marks_[i], stream_)); }
+  float between(int i) const {
+    float ms = 0;
+    BENCH_CUDA(cudaEventElapsedTime(&ms, marks_[i], marks_[i + 1]));
+    return 1e3f * ms;
+  }
+
   int64_t head_start_ns_;
   cudaStream_t stream_ = nullptr;
-  cudaEvent_t start_ = nullptr, stop_ = nullptr;
+  cudaEvent_t marks_[3] = {};
 };
 
 // The calls call(0) ... call(calls - 1), which throw what fails, captured into one graph.
@@ -149,6 +169,10 @@ class Chain {
   Chain(const Chain&) = delete;
 
   float replay() const { return watch_.replay(exec_); }
+  // Of this one and, right behind it, of another.
+  std::pair<float, float> replay(const Chain& next) const {
+    return watch_.replay(exec_, next.exec_);
+  }
 
  private:
   const Stopwatch& watch_;
@@ -160,11 +184,11 @@ class Chain {
 template <typename Call>
 Timing time_calls(const Stopwatch& watch, int calls, Call call) {
   const Chain once(watch, calls, call), twice(watch, 2 * calls, call);
-  for (const Chain* chain : {&once, &twice, &once, &twice}) chain->replay();
+  for (int i = 0; i < 2; ++i) once.replay(twice);
   std::vector<float> each;
   float low = 1e30f, low_twice = 1e30f;
   for (int i = 0; i < kPairs; ++i) {
-    const float a = once.replay(), b = twice.replay();
+    const auto [a, b] = once.replay(twice);
     low = std::min(low, a);
     low_twice = std::min(low_twice, b);
     each.push_back((b - a) / calls);

@@ -126,10 +126,7 @@ class Product {
   const lt::Algo& algo() const { return algo_; }
   size_t index() const { return index_; }
 
-  std::pair<float, float> pair() const {
-    const float once = once_->replay();
-    return {once, twice_->replay()};
-  }
+  std::pair<float, float> pair() const { return once_->replay(*twice_); }
 
  private:
   void describe() {

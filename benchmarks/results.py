@@ -44,6 +44,7 @@ def environment() -> dict[str, Any]:
             "chain_us": timing.CHAIN_US,
             "max_calls": timing.MAX_CALLS,
             "budget_s": turns.BUDGET_S,
+            "behind_a_first_run": True,
         },
     }
 
