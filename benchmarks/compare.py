@@ -69,13 +69,18 @@ def changes(old: dict[str, Any], new: dict[str, Any], benchmark: ModuleType) -> 
 
 
 def lost(old: dict[str, Any], new: dict[str, Any], benchmark: ModuleType) -> list[str]:
-    """What was measured at problems that both files have, and now fails or is missing."""
+    """What was measured, and now fails or is missing.
+
+    Files of other shapes are compared at those problems that both have.
+    """
     before, after = (tables.groups(results["rows"], benchmark.KEYS) for results in (old, new))
     figure = getattr(benchmark, "FIGURES", ("us",))[0]
+    same = old.get("shapes") == new.get("shapes")
     return [
         f"{old['name']}, {variant} at {' x '.join(map(str, problem))}: no figure any more"
-        for problem in before.keys() & after.keys()
-        for variant in before[problem]
-        if tables.value(before[problem], variant, figure) is not None
-        and tables.value(after[problem], variant, figure) is None
+        for problem, group in before.items()
+        if same or problem in after
+        for variant in group
+        if tables.value(group, variant, figure) is not None
+        and tables.value(after.get(problem, {}), variant, figure) is None
     ]

@@ -20,9 +20,6 @@ Shape = tuple[int, int, int]
 KEYS = ("m", "n", "k")
 REFERENCE = "bf16"
 FIGURES = ("until_first_ms",)
-KEYS = ("m", "n", "k")
-REFERENCE = "bf16"
-FIGURES = ("until_first_ms",)
 SHAPES: dict[str, tuple[Shape, ...]] = {
     "smoke": ((16, 64, 64),),
     "quick": ((2048, 4096, 4096),),

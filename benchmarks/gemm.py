@@ -32,13 +32,15 @@ FIRST = (
     *((m, 4096, 14336) for m in (1, 2048, 8192)),
     *((64, 8192, 8192), (8192, 8192, 8192), (1024, 1024, 1024)),
 )
+#: Of few rows and columns.
+_NARROW = tuple((m, n, k) for n, k in ((1024, 14336), (512, 4096)) for m in (1, 16))
 _MORE = tuple(
     (m, n, k) for n, k in (*LAYERS, (8192, 8192), (1024, 1024)) for m in (32, 256, 1024, 4096)
 )
 SHAPES: dict[str, tuple[Problem, ...]] = {
     "smoke": ((1, 32, 64), (16, 32, 64), (16, 48, 32), (256, 128, 256)),
     "quick": tuple((m, n, k) for n, k in LAYERS[1:3] for m in (1, 16, 128, 1024, 8192)),
-    "all": tuple(dict.fromkeys((*FIRST, *_MORE))),
+    "all": tuple(dict.fromkeys((*FIRST, *_MORE, *_NARROW))),
 }
 #: Where the implementations that nobody takes unless by name are timed too.
 OTHERS_AT = ((16, 32, 64), (16, 28672, 4096), (1024, 4096, 4096), (8192, 28672, 4096))

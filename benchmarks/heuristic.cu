@@ -1,4 +1,5 @@
-// cublasLt's FP8 product called directly, with each of its candidates; and a plain copy.
+// cublasLt's FP8 product called directly, with each of the candidates that jax_fp8 has; and a plain
+// copy.
 //
 //   heuristic LIBCUBLASLT
 //
@@ -11,8 +12,6 @@
 //   pair SLOT                                        times CALLS and 2 CALLS with it
 //   close                                            forgets all slots
 //   copy BYTES                                       the rate of a copy, read and written
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -26,25 +25,25 @@
 #include <vector>
 
 #include "benchmarks/chain.cuh"
-#include "ffi/cublaslt_abi.h"
+#include "ffi/cublaslt_candidates.h"
+#include "ffi/cublaslt_library.h"
 
 namespace lt = jax_fp8::lt;
 using bench::Memory;
 
 namespace {
 
-constexpr int kCandidates = 256;  // More than it offers.
 constexpr size_t kFinalists = 6;
-constexpr size_t kWorkspace = size_t{32} << 20;
+constexpr int64_t kWorkspace = int64_t{32} << 20;
 
-lt::Api api;
+const lt::Api* api = nullptr;
 
 void check(lt::Status status, const char* what) {
   if (status != lt::kSuccess) {
-    throw std::runtime_error(std::string(what) + ": " + api.GetStatusString(status));
+    throw std::runtime_error(std::string(what) + ": " + api->GetStatusString(status));
   }
 }
-#define LT(call) check(api.call, "cublasLt" #call)
+#define LT(call) check(api->call, "cublasLt" #call)
 
 struct Problem {
   int64_t m, n, k;
@@ -52,16 +51,6 @@ struct Problem {
   bool row;  // A scale for each row.
   float head_start_us;
 };
-
-// Splitting K unevenly gave wrong results (releases 12.6.3 to 13.4).
-bool is_safe(const lt::HeuristicResult& found, int64_t k) {
-  int32_t split = 0;
-  size_t written = 0;
-  api.MatmulAlgoConfigGetAttribute(&found.algo, lt::kAlgoSplitK, &split, sizeof split, &written);
-  const size_t version = api.GetVersion();
-  const bool affected = version >= 120603 && version < 130500;
-  return found.state == lt::kSuccess && (!affected || split <= 1 || k % (int64_t{split} * 16) == 0);
-}
 
 class Product {
  public:
@@ -89,17 +78,20 @@ class Product {
   }
 
   ~Product() {
-    api.MatmulDescDestroy(desc_);
-    for (const lt::Layout layout : {lw_, lx_, ld_}) api.MatrixLayoutDestroy(layout);
+    api->MatmulDescDestroy(desc_);
+    for (const lt::Layout layout : {lw_, lx_, ld_}) api->MatrixLayoutDestroy(layout);
   }
 
   // Tries all candidates, then the fastest of them at length; returns how many there are.
   size_t choose() {
-    const std::vector<lt::HeuristicResult> found = candidates();
+    std::string why;
+    const std::vector<lt::Candidate> found = lt::find_candidates(
+        *api, {handle_, desc_, lw_, lx_, ld_, ld_, p_.m, p_.k, kWorkspace, p_.row}, &why);
+    if (found.empty()) throw std::runtime_error(why);
     std::vector<std::pair<float, size_t>> tried;
     for (size_t i = 0; i < found.size(); ++i) {
       try {
-        tried.emplace_back(attempt(found[i].algo, std::max(2, p_.calls / 4)), i);
+        tried.emplace_back(attempt(found[i], std::max(2, p_.calls / 4)), i);
       } catch (const std::exception& error) {  // One that is offered and does not run.
         std::fprintf(stderr, "candidate %zu: %s\n", i, error.what());
       }
@@ -109,13 +101,13 @@ class Product {
     if (tried.size() > kFinalists) tried.resize(kFinalists);
     float best = 1e30f;
     for (const auto& [_, i] : tried) {
-      const float us = attempt(found[i].algo, 2 * p_.calls);
-      if (us < best) best = us, algo_ = found[i].algo, index_ = i;
+      const float us = attempt(found[i], 2 * p_.calls);
+      if (us < best) best = us, fastest_ = found[i], index_ = i;
     }
     for (const Memory& d : d_) {  // All ones is a NaN, which no product of finite values is.
       BENCH_CUDA(cudaMemsetAsync(d.as<void>(), 0xff, 2 * p_.m * p_.n, watch_.stream()));
     }
-    const auto call = [this](int i) { multiply(algo_, i); };
+    const auto call = [this](int i) { multiply(fastest_, i); };
     once_ = std::make_unique<bench::Chain>(watch_, p_.calls, call);
     twice_ = std::make_unique<bench::Chain>(watch_, 2 * p_.calls, call);
     twice_->replay();
@@ -123,7 +115,7 @@ class Product {
     return found.size();
   }
 
-  const lt::Algo& algo() const { return algo_; }
+  const lt::Candidate& fastest() const { return fastest_; }
   size_t index() const { return index_; }
 
   std::pair<float, float> pair() const { return once_->replay(*twice_); }
@@ -149,35 +141,18 @@ class Product {
     LT(MatrixLayoutCreate(&ld_, lt::kTypeBF16, p_.n, p_.m, p_.n));
   }
 
-  std::vector<lt::HeuristicResult> candidates() {
-    lt::Preference preference;
-    LT(MatmulPreferenceCreate(&preference));
-    const uint64_t workspace = kWorkspace;
-    LT(MatmulPreferenceSetAttribute(preference, lt::kPrefMaxWorkspace, &workspace,
-                                    sizeof workspace));
-    std::vector<lt::HeuristicResult> found(kCandidates);
-    int count = 0;
-    LT(MatmulAlgoGetHeuristic(handle_, desc_, lw_, lx_, ld_, ld_, preference, kCandidates,
-                              found.data(), &count));
-    api.MatmulPreferenceDestroy(preference);
-    found.resize(count);
-    std::erase_if(found, [this](const auto& result) { return !is_safe(result, p_.k); });
-    if (found.empty()) throw std::runtime_error("cublasLt has no algorithm for it");
-    return found;
-  }
-
   // Microseconds of a call, roughly.
-  float attempt(const lt::Algo& algo, int calls) const {
-    const bench::Chain chain(watch_, calls, [&](int i) { multiply(algo, i); });
+  float attempt(const lt::Candidate& candidate, int calls) const {
+    const bench::Chain chain(watch_, calls, [&](int i) { multiply(candidate, i); });
     chain.replay();
     return std::min(chain.replay(), chain.replay()) / calls;
   }
 
-  void multiply(const lt::Algo& algo, int i) const {
+  void multiply(const lt::Candidate& candidate, int i) const {
     const float one = 1.0f, zero = 0.0f;
     LT(Matmul(handle_, desc_, &one, w_[i % w_.size()].as<void>(), lw_, x_.as<void>(), lx_, &zero,
-              nullptr, ld_, d_[i].as<void>(), ld_, &algo, workspace_.as<void>(), kWorkspace,
-              watch_.stream()));
+              nullptr, ld_, d_[i].as<void>(), ld_, &candidate.algo, workspace_.as<void>(),
+              candidate.workspace, watch_.stream()));
   }
 
   void check_written() {
@@ -201,49 +176,10 @@ class Product {
   std::vector<Memory> w_, d_;
   lt::MatmulDesc desc_ = nullptr;
   lt::Layout lw_ = nullptr, lx_ = nullptr, ld_ = nullptr;
-  lt::Algo algo_{};
+  lt::Candidate fastest_{};
   size_t index_ = 0;
   std::unique_ptr<bench::Chain> once_, twice_;
 };
-
-void load(const char* path) {
-  void* library = dlopen(path, RTLD_NOW);
-  if (library == nullptr) throw std::runtime_error(dlerror());
-#define FIND(name)                                                                   \
-  api.name = reinterpret_cast<decltype(api.name)>(dlsym(library, "cublasLt" #name)); \
-  if (api.name == nullptr) throw std::runtime_error("no cublasLt" #name)
-  FIND(GetVersion);
-  FIND(GetStatusString);
-  FIND(Create);
-  FIND(MatmulDescCreate);
-  FIND(MatmulDescDestroy);
-  FIND(MatmulDescSetAttribute);
-  FIND(MatrixLayoutCreate);
-  FIND(MatrixLayoutDestroy);
-  FIND(MatmulPreferenceCreate);
-  FIND(MatmulPreferenceDestroy);
-  FIND(MatmulPreferenceSetAttribute);
-  FIND(MatmulAlgoGetHeuristic);
-  FIND(MatmulAlgoConfigGetAttribute);
-  FIND(Matmul);
-#undef FIND
-}
-
-std::string describe(const lt::Algo& algo) {
-  const auto get = [&](int attribute) {
-    int64_t value = 0;  // The attributes are of 2 and 4 bytes.
-    size_t written = 0;
-    if (api.MatmulAlgoConfigGetAttribute(&algo, attribute, &value, 4, &written) != lt::kSuccess) {
-      api.MatmulAlgoConfigGetAttribute(&algo, attribute, &value, 2, &written);
-    }
-    return std::to_string(value);
-  };
-  return "id " + get(lt::kAlgoId) + ", tile " + get(lt::kAlgoTile) + ", stages " +
-         get(lt::kAlgoStages) + ", cluster " + get(lt::kAlgoCluster) + ", split-k " +
-         get(lt::kAlgoSplitK) + ", reduction " + get(lt::kAlgoReductionScheme) + ", swizzle " +
-         get(lt::kAlgoSwizzle) + ", custom " + get(lt::kAlgoCustom) + ", inner " +
-         get(lt::kAlgoInnerShape);
-}
 
 // GB/s, read and written, of the faster of a kernel and cudaMemcpy.
 float copy_rate(int64_t bytes) {
@@ -292,8 +228,8 @@ class Server {
       auto product = std::make_unique<Product>(handle_, p);
       const size_t count = product->choose();
       out << "\"candidates\": " << count << ", \"index\": " << product->index()
-          << ", \"algorithm\": " << quoted(describe(product->algo()))
-          << ", \"cublaslt\": " << api.GetVersion();
+          << ", \"algorithm\": " << quoted(product->fastest().name)
+          << ", \"cublaslt\": " << api->GetVersion();
       slots_[slot] = std::move(product);
     } else if (verb == "pair" && in >> slot && slots_.count(slot)) {
       const auto [once, twice] = slots_.at(slot)->pair();
@@ -318,7 +254,10 @@ class Server {
 int main(int argc, char** argv) {
   try {
     if (argc != 2) throw std::runtime_error("usage: heuristic LIBCUBLASLT");
-    load(argv[1]);
+    lt::set_candidates({argv[1]});
+    std::string why;
+    api = lt::library(&why);
+    if (api == nullptr) throw std::runtime_error(why);
     Server server;
     for (std::string line; std::getline(std::cin, line);) {
       std::string answer;

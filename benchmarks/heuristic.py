@@ -7,10 +7,12 @@ import functools
 import pathlib
 import tempfile
 
-from benchmarks import nvcc, timing
+from benchmarks import ROOT, nvcc, timing
 from benchmarks.server import Remote, Server
 
 SOURCE = pathlib.Path(__file__).with_name("heuristic.cu")
+#: Of the library itself, so that the candidates are those that it has.
+_LIBRARY = [str(ROOT / "ffi" / f"cublaslt_{part}.cc") for part in ("candidates", "library")]
 
 
 def find_cublaslt() -> str:
@@ -36,7 +38,9 @@ def start() -> Server:
       Unavailable: when it cannot be compiled.
     """
     with tempfile.TemporaryDirectory() as folder:
-        server = Server([nvcc.build(SOURCE, folder, ["-ldl"]), find_cublaslt()], SOURCE.name)
+        server = Server(
+            [nvcc.build(SOURCE, folder, [*_LIBRARY, "-ldl"]), find_cublaslt()], SOURCE.name
+        )
         server.ask("close")  # It runs: its file may go.
     atexit.register(server.close)
     return server

@@ -246,6 +246,14 @@ def test_compare_tells_what_is_lost_and_what_it_cannot_compare():
     new = made_up("mlp", static=None)
     assert len(compare.lost(made_up("mlp"), new, mlp)) == len(mlp.SHAPES["all"])
     assert compare.lost(new, made_up("mlp"), mlp) == []
+    # A whole problem is lost from a file of the same shapes, and not looked for in one of others.
+    m = mlp.SHAPES["all"][0]
+    fewer = made_up("mlp")
+    fewer["rows"] = [row for row in fewer["rows"] if row["m"] != m]
+    gone = compare.lost(made_up("mlp"), fewer, mlp)
+    assert len(gone) == len(made_up("mlp")["rows"]) - len(fewer["rows"]) > 0
+    assert all(f"at {m}:" in line for line in gone)
+    assert compare.lost({**made_up("mlp"), "shapes": "other"}, fewer, mlp) == []
     with pytest.raises(ValueError, match="the name differs: 'mlp' and 'gemm'"):
         compare.changes(new, made_up("gemm"), mlp)
     with pytest.raises(ValueError, match="the format differs"):

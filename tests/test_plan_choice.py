@@ -19,8 +19,10 @@ HERE = str(pathlib.Path(__file__).parent)
 GPU = "A GPU, 132 SMs"
 
 
-def choice(problem, algorithm="id 66", candidates=8, ns=7300, origin="timed", gpu=GPU):
-    return gpu, "13.1.0", problem, algorithm, candidates, ns, origin
+def choice(
+    problem, algorithm="id 66", candidates=8, ns=7300, origin="timed", gpu=GPU, version="13.1.0"
+):
+    return gpu, version, problem, algorithm, candidates, ns, origin
 
 
 def kept():
@@ -129,8 +131,10 @@ def test_the_first_timing_in_a_process_decides_and_the_last_line_of_a_file(cache
 
 def test_other_gpus_and_versions_have_choices_of_their_own(cache):
     _ffi.keep_plan_choice(choice("p", "one"))
-    _ffi.keep_plan_choice(choice("p", "two", gpu="Another GPU, 60 SMs"))
-    assert len(_ffi.plan_choices()) == 2
+    assert _ffi.keep_plan_choice(choice("p", "two", gpu="Another GPU, 60 SMs")) == "two"
+    assert _ffi.keep_plan_choice(choice("p", "three", version="13.2.0")) == "three"
+    start_again(cache)
+    assert sorted(each[3] for each in _ffi.plan_choices()) == ["one", "three", "two"]
 
 
 def test_a_damaged_file_costs_its_damaged_lines_and_a_warning(cache):

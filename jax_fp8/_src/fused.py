@@ -131,7 +131,8 @@ def rms_norm_quantize(
       residual: None, or an array of ``x``'s shape and dtype, which is added to it first.
       dtype: ``float8_e4m3fn`` or ``float8_e5m2``.
       granularity: ``"tensor"``, ``"row"`` or ``(1, 128)``. With a dynamic ``"tensor"``
-        scale, what does not stay on the chip is read twice.
+        scale, what does not stay on the chip is read twice; many rows take two kernels then, but
+        those of bfloat16 whose columns fill whole thread blocks.
       scale: None for dynamic scaling; else the float32 scale to use, as in ``quantize``.
       implementation: ``"kernel"`` (this library's handler), ``"xla"`` (plain JAX), or None: the
         kernel on a GPU and XLA on a CPU. The values are within a factor of
@@ -239,7 +240,8 @@ def swiglu_quantize(
       gate_up: ``(..., 2 F)``, the gates and then as many values; float32, bfloat16 or float16.
       dtype: ``float8_e4m3fn`` or ``float8_e5m2``.
       granularity: ``"tensor"``, ``"row"`` or ``(1, 128)``. With a dynamic ``"tensor"``
-        scale, what does not stay on the chip is read twice.
+        scale, what does not stay on the chip is read twice; many rows take two kernels then, but
+        those of bfloat16 whose columns fill whole thread blocks.
       scale: None for dynamic scaling; else the float32 scale to use, as in ``quantize``.
       implementation: ``"kernel"`` (this library's handler), ``"xla"`` (plain JAX), or None: the
         kernel on a GPU and XLA on a CPU. The values of both are within a factor of

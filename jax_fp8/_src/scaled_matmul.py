@@ -345,8 +345,8 @@ def scaled_matmul(
         ``s``. Needed for an FP8 result and for no other.
       return_amax: also return the amax of an FP8 result before it is divided and rounded. An
         infinite sum may leave it not finite even where relu made a finite value of that.
-      implementation: ``"cublaslt"``, ``"small_m"`` (for M <= 64 and K % 16 == 0, from compute
-        capability 9.0 on; reads ``w`` once), ``"decode"`` (16-bit tensor cores), ``"naive"``,
+      implementation: ``"cublaslt"``, ``"small_m"`` (for M <= 64 and K % 16 == 0, on compute
+        capability 9.0 to 11; reads ``w`` once), ``"decode"`` (16-bit tensor cores), ``"naive"``,
         ``"xla"``, or None for the best that the device and the shapes support. A named one runs
         or raises.
 
