@@ -17,6 +17,7 @@ Row = dict[str, Any]
 
 KEYS = ("m",)
 REFERENCE = "bf16"
+FIGURES = ("us", "rms_off_bf16")
 #: Width and hidden width: those of Llama 3 8B.
 SIZES = {"smoke": (64, 96), "quick": (4096, 14336), "all": (4096, 14336)}
 SHAPES = {"smoke": (2,), "quick": (1, 128, 8192), "all": (1, 16, 128, 1024, 8192)}

@@ -30,6 +30,7 @@ Problem = tuple[int, int, int]
 
 KEYS = ("m", "n", "k")
 REFERENCE = "bf16"
+FIGURES = ("us", "rms_error")
 SHAPES: dict[str, tuple[Problem, ...]] = {
     "smoke": ((16, 32, 64),),
     "quick": ((2048, 4096, 4096), (16, 28672, 4096)),

@@ -17,6 +17,7 @@ Row = dict[str, Any]
 
 KEYS = ("m", "n", "k")
 REFERENCE = "bf16"
+FIGURES = ("us", "rms_error")
 LAYERS = {
     "smoke": ((32, 64),),
     "quick": ((28672, 4096),),

@@ -242,6 +242,16 @@ def test_compare_is_of_ratios_to_the_reference():
     assert {c.ratio for c in compare.changes(made_up("gemm"), less, gemm)} == {2.0}
 
 
+@pytest.mark.parametrize("name, error", [("peers", "rms_error"), ("mlp", "rms_off_bf16")])
+def test_compare_lists_what_is_less_exact(name, error):
+    def off(by):
+        rows = [{**row, error: by * (row["variant"] != "bf16")} for row in made_up(name)["rows"]]
+        return {**made_up(name), "rows": rows}
+
+    worse = [c for c in compare.changes(off(0.04), off(0.06), BENCHMARKS[name]) if c.ratio > 1.01]
+    assert worse and all(c.what.endswith(error) and c.ratio == pytest.approx(1.5) for c in worse)
+
+
 def test_compare_tells_what_is_lost_and_what_it_cannot_compare():
     new = made_up("mlp", static=None)
     assert len(compare.lost(made_up("mlp"), new, mlp)) == len(mlp.SHAPES["all"])
