@@ -57,6 +57,7 @@ RECIPES = ("rowwise", "static")
 GRANULARITIES = (("tensor", "tensor"), ("row", "row"), ("tensor", "row"), ref.BLOCKS)
 BIASES = (None, ref.BF16, ref.F32, ref.F16)
 ACTIVATIONS = (None, "relu", "gelu")
+OUTPUT_SCALE = 2.0**-4
 
 rng = np.random.default_rng(0)
 
@@ -259,7 +260,7 @@ def check_product(implementation, pair):
     def run(inputs, biases):
         results = []
         for (x, w), bias, (_, _, out, _, activation) in zip(inputs, biases, variants, strict=True):
-            fp8 = {"output_scale": 1.0, "return_amax": True} if out in ref.FP8 else {}
+            fp8 = {"output_scale": OUTPUT_SCALE, "return_amax": True} if out in ref.FP8 else {}
             options = {
                 "bias": bias,
                 "activation": activation,
@@ -290,8 +291,9 @@ def check_result(result, sums, magnitudes, bias, activation):
         return
     data, amax = result[0].data, float(result[1])
     largest = float(ref.fp8_max(data.dtype))
-    error_of_data = error + 2.0**-22 * np.abs(expected)
-    ref.assert_close(data, np.clip(expected, -largest, largest), error_of_data)
+    divided = expected / OUTPUT_SCALE
+    error_of_data = error / OUTPUT_SCALE + 2.0**-22 * np.abs(divided)
+    ref.assert_close(data, np.clip(divided, -largest, largest), error_of_data)
     assert abs(amax - np.abs(expected).max()) <= error.max() + ref.half_ulp(amax, ref.F32)
 
 
