@@ -5,8 +5,8 @@ barrier together with the result before, so the calls are scheduled one after th
 is merged with another; one operand rotates over copies that together exceed the L2 cache. Every
 result is returned, so none is dead. Stamps of the device's clock (``stamp.py``) stand before the
 first call, after n and after 3n: the time of a call is ``(t(2n) - t(n)) / n``, which leaves out
-what the stamps themselves cost. What the host takes for each argument and result is hidden behind
-a kernel that keeps the device busy before the chain starts.
+what the stamps themselves cost. A chain runs once right before it is timed. What the host takes for
+each argument and result is hidden behind a kernel that keeps the device busy before that.
 """
 
 from __future__ import annotations
