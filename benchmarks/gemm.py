@@ -164,7 +164,7 @@ def _measure(
                 native.append(heuristic.best(server, slot, problem, row, fp8))
             except Exception as error:  # The other candidates, and ours, are still timed.
                 native.append(error)
-    found = turns.by_turns([*prepared, *native])
+    found = turns.by_turns([*prepared, *native], lead_s=timing.lead_s(*work(problem, 1)))
     for variant, result in zip(variants, found, strict=False):
         yield _describe(problem, variant.name, _itemsize(variant.prepare), result)
     for name, result in zip(NATIVE, found[len(variants) :], strict=False):

@@ -196,7 +196,9 @@ def run(shapes: str = "all") -> list[Row]:
         )
         for m in SHAPES[shapes]:
             bar.set_postfix_str(f"M = {m}")
-            timed = turns.by_turns([prepared[m, name] for name in variants(m)])
+            nbytes = weights_bytes(size)
+            lead_s = timing.lead_s(nbytes, 2.0 * m * nbytes)
+            timed = turns.by_turns([prepared[m, name] for name in variants(m)], lead_s=lead_s)
             wide = None
             for name, found in zip(variants(m), timed, strict=True):
                 row: Row = {"m": m, "variant": name, "weights_bytes": weights_bytes(size)}

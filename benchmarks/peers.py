@@ -21,7 +21,7 @@ from jax import lax
 from tqdm import tqdm
 
 import jax_fp8
-from benchmarks import ROOT, operands, tables, timing, turns
+from benchmarks import ROOT, gemm, operands, tables, timing, turns
 from benchmarks.hlo import ran_fp8
 from benchmarks.server import Remote, Server, Unavailable
 
@@ -293,7 +293,8 @@ def run(shapes: str = "all") -> list[Row]:
         for problem in problems:
             bar.set_postfix_str("x".join(map(str, problem)))
             names = [name for p, name in prepared if p == problem]
-            timed = turns.by_turns([prepared[problem, name] for name in names])
+            lead_s = timing.lead_s(*gemm.work(problem, 1))
+            timed = turns.by_turns([prepared[problem, name] for name in names], lead_s=lead_s)
             x = operands.normal(0, (problem[0], problem[2]))
             w = layers[problem[1:]].first(operands.wide)[0]
             expected = operands.reference(x, w)

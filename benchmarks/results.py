@@ -45,6 +45,7 @@ def environment() -> dict[str, Any]:
             "max_calls": timing.MAX_CALLS,
             "budget_s": turns.BUDGET_S,
             "behind_a_first_run": True,
+            "lead_s": turns.LEAD_S,
         },
     }
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 import jax_fp8
-from benchmarks import hlo, stamp
+from benchmarks import hlo, stamp, turns
 
 #: Rates above those of any one GPU of today, so that a floor from them is below any time.
 PEAK_BYTES_PER_S = 4.8e12
@@ -52,6 +52,11 @@ def on_gpu() -> bool:
 def floor_us(nbytes: float, flop: float = 0.0, unit: str = "16bit") -> float:
     """The least time for so many bytes and operations, by the rates above."""
     return 1e6 * max(nbytes / PEAK_BYTES_PER_S, flop / PEAK_FLOP_PER_S[unit])
+
+
+def lead_s(nbytes: float, flop: float) -> float:
+    """``turns.LEAD_S`` where arithmetic takes longer than memory, in FP8 at their peak rates."""
+    return turns.LEAD_S if floor_us(0.0, flop, "fp8") > floor_us(nbytes) else 0.0
 
 
 def calls_for(floor: float) -> int:

@@ -160,7 +160,8 @@ def _steps(problem: Problem, prepared: dict[str, Any]) -> Iterator[Row]:
     """The layers by turns, and how far their results are from bf16's."""
     m, n, k = problem
     wide: Any = None
-    for name, found in zip(prepared, turns.by_turns(list(prepared.values())), strict=True):
+    timed = turns.by_turns(list(prepared.values()), lead_s=turns.LEAD_S)
+    for name, found in zip(prepared, timed, strict=True):
         row: Row = {"part": STEP, "m": m, "n": n, "k": k, "variant": name}
         if isinstance(found, Exception):
             yield row | tables.failure(found)
@@ -211,7 +212,8 @@ def run(shapes: str = "all") -> list[Row]:
                 alone = timing.prepare_all(
                     [functools.partial(_prepare_part, problem, part, v) for v in variants]
                 )
-                for variant, found in zip(variants, turns.by_turns(alone), strict=True):
+                timed = turns.by_turns(alone, lead_s=turns.LEAD_S)
+                for variant, found in zip(variants, timed, strict=True):
                     row = {"part": part, "m": m, "n": n, "k": k, "variant": variant}
                     failed = isinstance(found, Exception)
                     rows.append(row | (tables.failure(found) if failed else found))

@@ -1,13 +1,17 @@
 """What is compared is timed by turns: a pair (n, 2n) of one and a pair of the next.
 
-So the card's clocks and heat are the same for all. Programs in other processes take part: all they
-need is what ``Timed`` says.
+In each round in another order, so that none always follows the same one. Where arithmetic heats
+the card until its power limit slows it down, which takes tens of milliseconds to set in and to
+pass, each runs for a while before its pair: else what stands behind a pause, as another process
+does, or behind something lighter would be the faster for it. So the card's clocks and heat are the
+same for all. Programs in other processes take part: all they need is what ``Timed`` says.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +22,8 @@ from typing import Any, Protocol
 BUDGET_S = 0.15
 SETTLED = 0.004
 LEAST_PAIRS, MOST_PAIRS = 5, 40
+#: Seconds for which what heats the card runs before each of its pairs.
+LEAD_S = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +77,13 @@ class _Turns:
             self.failure = error
         self.spent_s += time.perf_counter() - start
 
-    def take(self) -> None:
-        self.do(lambda: self.pairs.append(self.timed.pair()))
+    def take(self, lead_s: float) -> None:
+        spent_s, start = self.spent_s, time.perf_counter()
+        while self.failure is None and time.perf_counter() - start < lead_s:
+            self.do(self.timed.pair)
+        self.spent_s = spent_s
+        if self.failure is None:
+            self.do(lambda: self.pairs.append(self.timed.pair()))
 
     def _each(self) -> list[float]:
         return [(long - short) / self.timed.calls for short, long in self.pairs]
@@ -98,13 +109,14 @@ class _Turns:
 
 
 def by_turns(
-    these: Sequence[Timed | Exception], budget_s: float = BUDGET_S
+    these: Sequence[Timed | Exception], budget_s: float = BUDGET_S, lead_s: float = 0.0
 ) -> list[dict[str, Any] | Exception]:
     """Times each for about ``budget_s`` after its warm-up, a pair of one and a pair of the next.
 
     Args:
       these: what to time; an exception, of one that could not be made, is passed on.
       budget_s: seconds for each; less is taken where its pairs agree.
+      lead_s: seconds for which each runs before each of its pairs, beyond that budget.
 
     Returns:
       For each the fields of ``Timing`` and its own ``facts``, or the exception.
@@ -113,9 +125,10 @@ def by_turns(
     for turn in turns:
         turn.do(turn.timed.warm)
         turn.spent_s = 0.0
+    order = random.Random(0)
     while left := [turn for turn in turns if not turn.done(budget_s)]:
-        for turn in left:
-            turn.take()
+        for turn in order.sample(left, len(left)):
+            turn.take(lead_s)
     found: list[dict[str, Any] | Exception] = []
     by_timed = {id(turn.timed): turn.timing() for turn in turns}
     for timed in these:

@@ -77,7 +77,8 @@ def run(shapes: str = "all") -> list[Row]:
             for m in MS[shapes]:
                 bar.set_postfix_str(f"{m}x{layer[0]}x{layer[1]}")
                 expected = operands.reference(operands.normal(0, (m, layer[1])), wide)
-                timed = turns.by_turns([prepared[m, name] for name in VARIANTS])
+                lead_s = timing.lead_s(*gemm.work((m, *layer), 1))
+                timed = turns.by_turns([prepared[m, name] for name in VARIANTS], lead_s=lead_s)
                 for name, found in zip(VARIANTS, timed, strict=True):
                     row: Row = {"m": m, "n": layer[0], "k": layer[1], "variant": name}
                     if isinstance(found, Exception):

@@ -1,7 +1,9 @@
 """How benchmarks/ times: chains, stamps, turns, and programs in processes of their own."""
 
+import itertools
 import pathlib
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -209,11 +211,32 @@ def test_by_turns_takes_pairs_of_each_until_they_agree():
     gone = ValueError("gone")
     a, lost, b = turns.by_turns([steady, gone, noisy], budget_s=60)
     assert log[:2] == ["warm a", "warm b"]
-    assert log[2:12] == ["a", "b"] * turns.LEAST_PAIRS
+    rounds = [log[i : i + 2] for i in range(2, 2 + 2 * turns.LEAST_PAIRS, 2)]
+    assert {tuple(each) for each in rounds} == {("a", "b"), ("b", "a")}
     assert set(log[12:]) == {"b"} and noisy.count == turns.MOST_PAIRS
     assert lost is gone
     assert (a["us"], a["us_iqr"], a["pairs"], a["called"]) == (3.0, 0.0, turns.LEAST_PAIRS, "a")
     assert b["us"] == 6.0 and b["us_min"] == 5.0 and b["pairs"] == turns.MOST_PAIRS
+
+
+def test_what_heats_the_card_runs_for_a_while_before_each_pair():
+    log = []
+
+    def each(count):
+        time.sleep(1e-3)
+        return 3.0
+
+    made = [Made(name, each, log) for name in "ab"]
+    found = turns.by_turns([*made], budget_s=60, lead_s=0.02)
+    assert [row["pairs"] for row in found] == [turns.LEAST_PAIRS] * 2
+    runs = [name for name, _ in itertools.groupby(log[2:])]
+    assert turns.LEAST_PAIRS < len(runs) <= 2 * turns.LEAST_PAIRS
+    assert min(one.count for one in made) > 5 * turns.LEAST_PAIRS
+    failing = Made("c", each, log, fails_at=2)
+    (lost,) = turns.by_turns([failing], lead_s=0.02)
+    assert isinstance(lost, RuntimeError) and failing.count == 2
+    # Much arithmetic for its bytes, and that of one row.
+    assert timing.lead_s(1e8, 1e12) == turns.LEAD_S and timing.lead_s(1e8, 2e8) == 0.0
 
 
 def test_by_turns_keeps_within_its_budget_and_loses_only_what_fails():
