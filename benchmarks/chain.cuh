@@ -115,11 +115,14 @@ class Stopwatch {
     return between(0);
   }
 
-  // Of two graphs, one behind the other, and both behind a run of the second: what comes first
-  // after a pause, or after another process, takes another time than what follows.
-  std::pair<float, float> replay(cudaGraphExec_t first, cudaGraphExec_t second) const {
+  // Of two graphs, one behind the other, and both right behind `leads` runs of both: what comes
+  // first after a pause, or after another process, takes another time than what follows.
+  std::pair<float, float> replay(cudaGraphExec_t first, cudaGraphExec_t second, int leads) const {
     begin();
-    BENCH_CUDA(cudaGraphLaunch(second, stream_));
+    for (int i = 0; i < leads; ++i) {
+      BENCH_CUDA(cudaGraphLaunch(first, stream_));
+      BENCH_CUDA(cudaGraphLaunch(second, stream_));
+    }
     mark(0);
     BENCH_CUDA(cudaGraphLaunch(first, stream_));
     mark(1);
@@ -169,9 +172,9 @@ class Chain {
   Chain(const Chain&) = delete;
 
   float replay() const { return watch_.replay(exec_); }
-  // Of this one and, right behind it, of another.
-  std::pair<float, float> replay(const Chain& next) const {
-    return watch_.replay(exec_, next.exec_);
+  // Of this one and, right behind it, of another; both right behind `leads` runs of both.
+  std::pair<float, float> replay(const Chain& next, int leads = 1) const {
+    return watch_.replay(exec_, next.exec_, leads);
   }
 
  private:

@@ -5,12 +5,12 @@
 //
 // D (M, N) bf16 = X (M, K) W (N, K)^T, both E4M3, fast accumulation, with one scale for each
 // operand or for each row. As in timing.py: chains of CALLS and of 2 CALLS, here CUDA graphs,
-// behind a kernel that keeps the device busy and a run of the longer chain, with COPIES of W by
-// turns and every D kept. It answers each line with a line of JSON, so that timing.py can time it
+// behind a kernel that keeps the device busy and LEADS runs of both, with COPIES of W by turns and
+// every D kept. It answers each line with a line of JSON, so that timing.py can time it
 // by turns with others:
 //
 //   open SLOT M N K CALLS COPIES ROW HEAD_START_US   tries the candidates and keeps the fastest
-//   pair SLOT                                        times CALLS and 2 CALLS with it
+//   pair SLOT LEADS                                  times CALLS and 2 CALLS with it
 //   close                                            forgets all slots
 //   copy BYTES                                       the rate of a copy, read and written
 #include <algorithm>
@@ -119,7 +119,7 @@ class Product {
   const lt::Candidate& fastest() const { return fastest_; }
   size_t index() const { return index_; }
 
-  std::pair<float, float> pair() const { return once_->replay(*twice_); }
+  std::pair<float, float> pair(int leads) const { return once_->replay(*twice_, leads); }
 
  private:
   void describe() {
@@ -218,7 +218,7 @@ class Server {
     std::istringstream in(line);
     std::ostringstream out;
     std::string verb;
-    int slot = 0;
+    int slot = 0, leads = 0;
     in >> verb;
     if (verb == "open") {
       Problem p;
@@ -232,8 +232,8 @@ class Server {
           << ", \"algorithm\": " << quoted(product->fastest().name)
           << ", \"cublaslt\": " << api->GetVersion();
       slots_[slot] = std::move(product);
-    } else if (verb == "pair" && in >> slot && slots_.count(slot)) {
-      const auto [once, twice] = slots_.at(slot)->pair();
+    } else if (verb == "pair" && in >> slot >> leads && slots_.count(slot)) {
+      const auto [once, twice] = slots_.at(slot)->pair(leads);
       out << "\"pair\": [" << once << ", " << twice << "]";
     } else if (verb == "close") {
       slots_.clear();

@@ -40,6 +40,8 @@ CHAIN_US = 1000.0
 MAX_CALLS = 32
 #: About what one kernel of a head start takes.
 HEAD_START_US = 500.0
+#: Arithmetic that takes less heats nothing.
+HEATING_US = 10.0
 #: Without it two calls of one command buffer could run at once where no buffer orders them.
 SERIAL = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
 
@@ -55,8 +57,12 @@ def floor_us(nbytes: float, flop: float = 0.0, unit: str = "16bit") -> float:
 
 
 def lead_s(nbytes: float, flop: float) -> float:
-    """``turns.LEAD_S`` where arithmetic takes longer than memory, in FP8 at their peak rates."""
-    return turns.LEAD_S if floor_us(0.0, flop, "fp8") > floor_us(nbytes) else 0.0
+    """``turns.LEAD_S`` where arithmetic takes longer than memory, in FP8 at their peak rates.
+
+    Not of a call so short that the host could not keep the device busy with chains of it.
+    """
+    least = floor_us(0.0, flop, "fp8")
+    return turns.LEAD_S if least > max(HEATING_US, floor_us(nbytes)) else 0.0
 
 
 def calls_for(floor: float) -> int:
@@ -254,13 +260,13 @@ class Chains:
             "head_start_us": self._head_starts * head_start()[1] if on_gpu() else None,
         }
 
-    def _run(self, which: int = 0) -> tuple[float, list[Any]]:
+    def _run(self, which: int = 0, leads: int = 1) -> tuple[float, list[Any]]:
         """The host's microseconds until a program's results are there, and its stamps."""
         busy, _ = head_start()
         start = time.perf_counter()
         for _ in range(self._head_starts):
             busy()
-        if self._stamped:
+        for _ in range(leads if self._stamped else 0):
             self._programs[which](*self._operands)
         stamps, results = self._programs[which](*self._operands)
         self._host_us = 1e6 * (time.perf_counter() - start)
@@ -287,10 +293,12 @@ class Chains:
         if on_gpu():  # Twice what the host needs.
             self._head_starts = max(1, min(16, math.ceil(2 * min(host_us) / head_start()[1])))
 
-    def pair(self) -> tuple[float, float]:
-        """Microseconds of n and of 2n calls; without a GPU, of none and of n."""
+    def pair(self, leads: int = 1) -> tuple[float, float]:
+        """Microseconds of n and of 2n calls, behind 3n ``leads`` times; on a CPU of none and n."""
         if self._stamped:
-            _, (a, b, c) = self._run()
+            host_us = self._host_us  # Of a run behind one: the others are hidden behind each other.
+            _, (a, b, c) = self._run(leads=leads)
+            self._host_us = host_us
             return stamp.between(a, b), stamp.between(b, c)
         if not on_gpu():  # There is no head start that would make the difference mean something.
             return 0.0, 0.5 * self._run(1)[0]

@@ -1,8 +1,8 @@
 """torch's ``_scaled_mm`` in a process of its own, which ``peers.py`` asks line by line.
 
 It imports nothing of JAX. ``open SLOT NAME M N K CALLS COPIES HEAD_START_US`` compiles, captures
-CUDA graphs of CALLS and of 2 CALLS calls and checks the result; ``pair SLOT`` times both. Each
-answer is a line of JSON.
+CUDA graphs of CALLS and of 2 CALLS calls and checks the result; ``pair SLOT LEADS`` times both,
+behind as many runs of both. Each answer is a line of JSON.
 """
 
 from __future__ import annotations
@@ -88,13 +88,17 @@ class Chains:
             results = [call(x, *self._rotated[i % len(self._rotated)]) for i in range(calls)]
         return graph, results
 
-    def pair(self) -> list[float]:
-        """Microseconds of n and of 2n calls, behind as many more, as in ``timing.Chains``."""
+    def pair(self, leads: int) -> list[float]:
+        """Microseconds of n and of 2n calls, behind as many ``leads`` times: ``timing.Chains``."""
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
         (short, _), (long, _) = self._graphs
         with torch.cuda.stream(self._stream):
             torch.cuda._sleep(self._cycles)
-            for graph, mark in zip((long, short, long), marks, strict=True):
+            for _ in range(leads):
+                short.replay()
+                long.replay()
+            marks[0].record()
+            for graph, mark in zip((short, long), marks[1:], strict=True):
                 graph.replay()
                 mark.record()
         marks[-1].synchronize()
@@ -104,7 +108,7 @@ class Chains:
 def _answer(line: str, slots: dict[str, Chains]) -> dict[str, Any]:
     verb, slot, *rest = line.split()
     if verb == "pair":
-        return {"pair": slots[slot].pair()}
+        return {"pair": slots[slot].pair(int(rest[0]))}
     if verb != "open":
         raise ValueError(f"not understood: {line}")
     name, *sizes, head_start_us = rest

@@ -2,9 +2,9 @@
 
 In each round in another order, so that none always follows the same one. Where arithmetic heats
 the card until its power limit slows it down, which takes tens of milliseconds to set in and to
-pass, each runs for a while before its pair: else what stands behind a pause, as another process
-does, or behind something lighter would be the faster for it. So the card's clocks and heat are the
-same for all. Programs in other processes take part: all they need is what ``Timed`` says.
+pass, each runs for a while right before its pair, without a pause: else what stands behind one, or
+behind something lighter, would be the faster for it. So the card's clocks and heat are the same for
+all. Programs in other processes take part: all they need is what ``Timed`` says.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from typing import Any, Protocol
 BUDGET_S = 0.15
 SETTLED = 0.004
 LEAST_PAIRS, MOST_PAIRS = 5, 40
-#: Seconds for which what heats the card runs before each of its pairs.
+#: Seconds for which what heats the card runs right before each of its pairs.
 LEAD_S = 0.05
+#: So many of these come on top of the budget.
+LEADS = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +55,8 @@ class Timed(Protocol):
     def warm(self) -> None:
         """Runs it until its time is that of the runs to come."""
 
-    def pair(self) -> tuple[float, float]:
-        """Microseconds of n and of 2n calls."""
+    def pair(self, leads: int = 1) -> tuple[float, float]:
+        """Microseconds of n and of 2n calls, right behind ``leads`` times as many."""
 
     def facts(self) -> dict[str, Any]:
         """What else belongs into the row."""
@@ -65,6 +67,7 @@ class _Turns:
 
     def __init__(self, timed: Timed) -> None:
         self.timed = timed
+        self.leads = 1
         self.pairs: list[tuple[float, float]] = []
         self.spent_s = 0.0
         self.failure: Exception | None = None
@@ -77,13 +80,17 @@ class _Turns:
             self.failure = error
         self.spent_s += time.perf_counter() - start
 
-    def take(self, lead_s: float) -> None:
-        spent_s, start = self.spent_s, time.perf_counter()
-        while self.failure is None and time.perf_counter() - start < lead_s:
-            self.do(self.timed.pair)
-        self.spent_s = spent_s
-        if self.failure is None:
-            self.do(lambda: self.pairs.append(self.timed.pair()))
+    def warm(self, lead_s: float) -> None:
+        self.do(self.timed.warm)
+        if lead_s and self.failure is None:
+            self.do(lambda: self._lead(lead_s))
+        self.spent_s = 0.0
+
+    def _lead(self, lead_s: float) -> None:
+        self.leads = max(1, math.ceil(1e6 * lead_s / max(1.0, sum(self.timed.pair()))))
+
+    def take(self) -> None:
+        self.do(lambda: self.pairs.append(self.timed.pair(self.leads)))
 
     def _each(self) -> list[float]:
         return [(long - short) / self.timed.calls for short, long in self.pairs]
@@ -116,19 +123,18 @@ def by_turns(
     Args:
       these: what to time; an exception, of one that could not be made, is passed on.
       budget_s: seconds for each; less is taken where its pairs agree.
-      lead_s: seconds for which each runs before each of its pairs, beyond that budget.
+      lead_s: seconds for which each runs right before each of its pairs.
 
     Returns:
       For each the fields of ``Timing`` and its own ``facts``, or the exception.
     """
     turns = [_Turns(timed) for timed in these if not isinstance(timed, Exception)]
     for turn in turns:
-        turn.do(turn.timed.warm)
-        turn.spent_s = 0.0
+        turn.warm(lead_s)
     order = random.Random(0)
-    while left := [turn for turn in turns if not turn.done(budget_s)]:
+    while left := [turn for turn in turns if not turn.done(budget_s + LEADS * lead_s)]:
         for turn in order.sample(left, len(left)):
-            turn.take(lead_s)
+            turn.take()
     found: list[dict[str, Any] | Exception] = []
     by_timed = {id(turn.timed): turn.timing() for turn in turns}
     for timed in these:

@@ -1,9 +1,7 @@
 """How benchmarks/ times: chains, stamps, turns, and programs in processes of their own."""
 
-import itertools
 import pathlib
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -193,8 +191,9 @@ class Made:
     def warm(self):
         self.log.append(f"warm {self.name}")
 
-    def pair(self):
+    def pair(self, leads=1):
         self.log.append(self.name)
+        self.leads = leads
         self.count += 1
         if self.count == self.fails_at:
             raise RuntimeError("no such luck")
@@ -221,22 +220,17 @@ def test_by_turns_takes_pairs_of_each_until_they_agree():
 
 def test_what_heats_the_card_runs_for_a_while_before_each_pair():
     log = []
-
-    def each(count):
-        time.sleep(1e-3)
-        return 3.0
-
-    made = [Made(name, each, log) for name in "ab"]
-    found = turns.by_turns([*made], budget_s=60, lead_s=0.02)
+    slow, fast = (
+        Made(name, lambda count: 200.0, log, calls) for name, calls in (("a", 10), ("b", 1))
+    )
+    found = turns.by_turns([slow, fast], budget_s=60, lead_s=0.05)
     assert [row["pairs"] for row in found] == [turns.LEAST_PAIRS] * 2
-    runs = [name for name, _ in itertools.groupby(log[2:])]
-    assert turns.LEAST_PAIRS < len(runs) <= 2 * turns.LEAST_PAIRS
-    assert min(one.count for one in made) > 5 * turns.LEAST_PAIRS
-    failing = Made("c", each, log, fails_at=2)
-    (lost,) = turns.by_turns([failing], lead_s=0.02)
-    assert isinstance(lost, RuntimeError) and failing.count == 2
-    # Much arithmetic for its bytes, and that of one row.
-    assert timing.lead_s(1e8, 1e12) == turns.LEAD_S and timing.lead_s(1e8, 2e8) == 0.0
+    # A pair is 7 and 2007 us of the one, 7 and 207 of the other. One more says how long it takes.
+    assert (slow.leads, fast.leads) == (25, 234)
+    assert slow.count == fast.count == 1 + turns.LEAST_PAIRS
+    # Much arithmetic for its bytes, that of one row, and little of both.
+    assert timing.lead_s(1e8, 1e12) == turns.LEAD_S
+    assert timing.lead_s(1e8, 2e8) == timing.lead_s(1e6, 1e10) == 0.0
 
 
 def test_by_turns_keeps_within_its_budget_and_loses_only_what_fails():
@@ -378,5 +372,5 @@ def test_cublaslt_from_cpp():
     with pytest.raises(RuntimeError, match="not a problem"):
         started.ask("open 0 1 2")
     started.ask("close")
-    with pytest.raises(RuntimeError, match="not understood: pair 0"):
-        started.ask("pair 0")
+    with pytest.raises(RuntimeError, match="not understood: pair 0 1"):
+        started.ask("pair 0 1")
