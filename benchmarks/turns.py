@@ -23,9 +23,9 @@ BUDGET_S = 0.15
 SETTLED = 0.004
 LEAST_PAIRS, MOST_PAIRS = 5, 40
 #: Seconds for which what heats the card runs right before each of its pairs.
-LEAD_S = 0.05
+LEAD_S = 0.2
 #: So many of these come on top of the budget.
-LEADS = 12
+LEADS = 8
 
 
 @dataclasses.dataclass(frozen=True)
