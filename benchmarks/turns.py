@@ -1,10 +1,10 @@
 """What is compared is timed by turns: a pair (n, 2n) of one and a pair of the next.
 
-In each round in another order, so that none always follows the same one. Where arithmetic heats
-the card until its power limit slows it down, which takes tens of milliseconds to set in and to
-pass, each runs for a while right before its pair, without a pause: else what stands behind one, or
-behind something lighter, would be the faster for it. So the card's clocks and heat are the same for
-all. Programs in other processes take part: all they need is what ``Timed`` says.
+In each round in another order, so that none always follows the same one. Where arithmetic brings
+the card to its limit of power, which takes a tenth of a second or so to slow it down, each runs for
+a while right before its pair, without a pause: else what stands behind one, or behind something
+lighter, would be the faster for it. So the card's clocks and heat are the same for all. Programs in
+other processes take part: all they need is what ``Timed`` says.
 """
 
 from __future__ import annotations
