@@ -6,8 +6,8 @@
 // D (M, N) bf16 = X (M, K) W (N, K)^T, both E4M3, fast accumulation, with one scale for each
 // operand or for each row. As in timing.py: chains of CALLS and of 2 CALLS, here CUDA graphs,
 // behind a kernel that keeps the device busy and LEADS runs of both, with COPIES of W by turns and
-// every D kept. It answers each line with a line of JSON, so that timing.py can time it
-// by turns with others:
+// every D kept. It answers each line with a line of JSON, so that timing.py can time it by turns
+// with others:
 //
 //   open SLOT M N K CALLS COPIES ROW HEAD_START_US   tries the candidates and keeps the fastest
 //   pair SLOT LEADS                                  times CALLS and 2 CALLS with it

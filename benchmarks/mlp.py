@@ -194,14 +194,14 @@ def run(shapes: str = "all") -> list[Row]:
                 strict=True,
             )
         )
+        nbytes = weights_bytes(size)
         for m in SHAPES[shapes]:
             bar.set_postfix_str(f"M = {m}")
-            nbytes = weights_bytes(size)
             lead_s = timing.lead_s(nbytes, 2.0 * m * nbytes)
             timed = turns.by_turns([prepared[m, name] for name in variants(m)], lead_s=lead_s)
             wide = None
             for name, found in zip(variants(m), timed, strict=True):
-                row: Row = {"m": m, "variant": name, "weights_bytes": weights_bytes(size)}
+                row: Row = {"m": m, "variant": name, "weights_bytes": nbytes}
                 if isinstance(found, Exception):
                     row |= tables.failure(found)
                 else:

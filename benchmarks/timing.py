@@ -5,8 +5,9 @@ barrier together with the result before, so the calls are scheduled one after th
 is merged with another; one operand rotates over copies that together exceed the L2 cache. Every
 result is returned, so none is dead. Stamps of the device's clock (``stamp.py``) stand before the
 first call, after n and after 3n: the time of a call is ``(t(2n) - t(n)) / n``, which leaves out
-what the stamps themselves cost. A chain runs once right before it is timed. What the host takes for
-each argument and result is hidden behind a kernel that keeps the device busy before that.
+what the stamps themselves cost. A chain runs right before it is timed, once or as often as
+``turns.py`` wants. What the host takes for each argument and result is hidden behind a kernel that
+keeps the device busy before that.
 """
 
 from __future__ import annotations
@@ -269,7 +270,8 @@ class Chains:
         for _ in range(leads if self._stamped else 0):
             self._programs[which](*self._operands)
         stamps, results = self._programs[which](*self._operands)
-        self._host_us = 1e6 * (time.perf_counter() - start)
+        if leads == 1:  # More are hidden behind each other.
+            self._host_us = 1e6 * (time.perf_counter() - start)
         _wait((stamps, results))
         return 1e6 * (time.perf_counter() - start), stamps
 
@@ -296,9 +298,7 @@ class Chains:
     def pair(self, leads: int = 1) -> tuple[float, float]:
         """Microseconds of n and of 2n calls, behind 3n ``leads`` times; on a CPU of none and n."""
         if self._stamped:
-            host_us = self._host_us  # Of a run behind one: the others are hidden behind each other.
             _, (a, b, c) = self._run(leads=leads)
-            self._host_us = host_us
             return stamp.between(a, b), stamp.between(b, c)
         if not on_gpu():  # There is no head start that would make the difference mean something.
             return 0.0, 0.5 * self._run(1)[0]

@@ -141,6 +141,12 @@ def _parts(shapes: str) -> tuple[tuple[str, str], ...]:
 # --- Timing ---------------------------------------------------------------------------------------
 
 
+def _lead_s(problem: Problem) -> float:
+    """Of one of the three products."""
+    m, n, k = problem
+    return timing.lead_s(2.0 * (m * k + k * n + m * n), 2.0 * m * n * k)
+
+
 def _prepare_step(problem: Problem, name: str, weights: operands.Weights) -> timing.Chains:
     m, n, k = problem
     floor = timing.floor_us(0.0, 3 * 2.0 * m * n * k, "fp8")
@@ -160,7 +166,7 @@ def _steps(problem: Problem, prepared: dict[str, Any]) -> Iterator[Row]:
     """The layers by turns, and how far their results are from bf16's."""
     m, n, k = problem
     wide: Any = None
-    timed = turns.by_turns(list(prepared.values()), lead_s=turns.LEAD_S)
+    timed = turns.by_turns(list(prepared.values()), lead_s=_lead_s(problem))
     for name, found in zip(prepared, timed, strict=True):
         row: Row = {"part": STEP, "m": m, "n": n, "k": k, "variant": name}
         if isinstance(found, Exception):
@@ -212,7 +218,7 @@ def run(shapes: str = "all") -> list[Row]:
                 alone = timing.prepare_all(
                     [functools.partial(_prepare_part, problem, part, v) for v in variants]
                 )
-                timed = turns.by_turns(alone, lead_s=turns.LEAD_S)
+                timed = turns.by_turns(alone, lead_s=_lead_s(problem) if part in PRODUCTS else 0.0)
                 for variant, found in zip(variants, timed, strict=True):
                     row = {"part": part, "m": m, "n": n, "k": k, "variant": variant}
                     failed = isinstance(found, Exception)

@@ -38,6 +38,8 @@ class Timing:
       us_iqr: interquartile range of the pairs.
       calls: n.
       pairs: repetitions.
+      leads: how many runs of both chains stood right before each pair; where the host's clock times
+        a chain, none did.
     """
 
     us: float
@@ -45,6 +47,7 @@ class Timing:
     us_iqr: float
     calls: int
     pairs: int
+    leads: int
 
 
 class Timed(Protocol):
@@ -112,7 +115,7 @@ class _Turns:
         low, middle, high = statistics.quantiles(self._each(), n=4)
         shorts, longs = zip(*self.pairs, strict=True)
         fastest = (min(longs) - min(shorts)) / self.timed.calls
-        return Timing(middle, fastest, high - low, self.timed.calls, len(self.pairs))
+        return Timing(middle, fastest, high - low, self.timed.calls, len(self.pairs), self.leads)
 
 
 def by_turns(

@@ -154,7 +154,12 @@ def test_chains_read_their_stamps(feed, us, monkeypatch):
     chains = timing.Chains(lambda x, w: (x + w,), (jnp.zeros(1),), rotated, 600.0, feed=feed)
     (found,) = turns.by_turns([chains])
     assert (found["us"], found["us_iqr"], found["calls"]) == (us, 0.0, 2)
-    assert found["stamped"] and found["kernels"] == [0, 1, 2, 0]
+    assert found["stamped"] and found["kernels"] == [0, 1, 2, 0] and found["leads"] == 1
+    runs = []
+    (program,) = chains._programs
+    monkeypatch.setattr(chains, "_programs", [lambda *a: runs.append(program(*a)) or runs[-1]])
+    chains.pair(leads=3)
+    assert len(runs) == 4
     assert chains.first()[0] == 1.0
 
 
@@ -226,7 +231,7 @@ def test_what_heats_the_card_runs_for_a_while_before_each_pair():
     found = turns.by_turns([slow, fast], budget_s=60, lead_s=0.05)
     assert [row["pairs"] for row in found] == [turns.LEAST_PAIRS] * 2
     # A pair is 7 and 2007 us of the one, 7 and 207 of the other. One more says how long it takes.
-    assert (slow.leads, fast.leads) == (25, 234)
+    assert [row["leads"] for row in found] == [slow.leads, fast.leads] == [25, 234]
     assert slow.count == fast.count == 1 + turns.LEAST_PAIRS
     # Much arithmetic for its bytes, that of one row, and little of both.
     assert timing.lead_s(1e8, 1e12) == turns.LEAD_S
@@ -320,7 +325,8 @@ for line in sys.stdin:
     if line.startswith("sleep"):
         import time; time.sleep(60)
     verb, *rest = line.split()
-    answers = {"pair": {"pair": [1.5, 4.5]}, "open": {"said": rest}}
+    leads = int(rest[-1]) if verb == "pair" else 0
+    answers = {"pair": {"pair": [1.5, 1.5 + 3 * leads]}, "open": {"said": rest}}
     print(json.dumps(answers.get(verb, {"error": f"no {verb}"})), flush=True)
 """
 
@@ -333,7 +339,9 @@ def echo():
 
 
 def test_a_server_takes_part_in_a_timing(echo):
-    (found,) = turns.by_turns([server.Remote(echo, 0, 3, "open 0 16 32")])
+    remote = server.Remote(echo, 0, 3, "open 0 16 32")
+    assert remote.pair(5) == (1.5, 16.5)  # It is told the leads.
+    (found,) = turns.by_turns([remote])
     assert found["us"] == 1.0 and found["calls"] == 3 and found["said"] == ["0", "16", "32"]
 
 
