@@ -1,18 +1,20 @@
 """torch's ``_scaled_mm`` in a process of its own, which ``peers.py`` asks line by line.
 
-It imports nothing of JAX. ``open SLOT NAME M N K CALLS COPIES HEAD_START_US`` compiles, captures
-CUDA graphs of CALLS and of 2 CALLS calls and checks the result; ``pair SLOT LEADS`` times both,
-behind as many runs of both. Each answer is a line of JSON.
+It imports nothing of JAX. ``open SLOT NAME M N K CALLS COPIES HEAD_START_US`` compiles and captures
+CUDA graphs of CALLS and of 2 CALLS calls; ``pair SLOT LEADS`` times both, as ``turns.Timed`` says,
+and compares a result of theirs with what is expected. Each answer is a line of JSON.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
+import statistics
 import sys
 from typing import Any
 
 import torch
+
+from benchmarks import turns
 
 E4M3, LARGEST = torch.float8_e4m3fn, 448.0
 COMPARED = 64
@@ -44,7 +46,10 @@ def _multiply(x: Any, w: Any, scale: Any, w_scale: Any) -> Any:
 
 
 class Chains:
-    """The captured chains of n and 2n calls; every result is kept, as in ``timing.chain``."""
+    """The captured chains of n and 2n calls; every result is kept, as in ``timing.chain``.
+
+    A graph reads its operands where they were when it was captured: they are held as long.
+    """
 
     def __init__(
         self, name: str, m: int, n: int, k: int, calls: int, copies: int, head_start_us: float
@@ -55,7 +60,7 @@ class Chains:
 
         self._cycles = int(2e3 * head_start_us)  # At about 2 GHz.
         row = name == "torch_row"
-        x = normal(0, m, k)
+        self._x = x = normal(0, m, k)
         wide = normal(1, n, k)
         self._rotated = []
         for seed in range(copies):
@@ -65,9 +70,7 @@ class Chains:
         call, self.how = self._compile(_row if row else _tensor, x)
         self._stream = torch.cuda.Stream()
         self._graphs = [self._capture(call, x, length) for length in (calls, 2 * calls)]
-        expected = x[:COMPARED].float() @ wide.float().t()
-        off = call(x, *self._rotated[0])[:COMPARED].float() - expected
-        self.rms_error = float((off.square().mean() / expected.square().mean()).sqrt())
+        self._expected = x[:COMPARED].float() @ wide.float().t()
 
     def _compile(self, function: Any, x: Any) -> tuple[Any, str]:
         try:
@@ -89,36 +92,40 @@ class Chains:
         return graph, results
 
     def pair(self, leads: int) -> list[float]:
-        """Microseconds of n and of 2n calls, behind as many ``leads`` times: ``timing.Chains``."""
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        """Microseconds of n and of 2n calls, as ``turns.Timed`` says."""
         (short, _), (long, _) = self._graphs
+        runs = []
         with torch.cuda.stream(self._stream):
             torch.cuda._sleep(self._cycles)
-            for _ in range(leads):
+            for _ in range(1 + leads):
+                a, b, c = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+                a.record()
                 short.replay()
+                b.record()
                 long.replay()
-            marks[0].record()
-            for graph, mark in zip((short, long), marks[1:], strict=True):
-                graph.replay()
-                mark.record()
-        marks[-1].synchronize()
-        return [1e3 * a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
+                c.record()
+                runs.append(((a, b), (b, c)))
+        torch.cuda.synchronize()
+        timed = zip(*runs[-turns.timed_runs(leads) :], strict=True)
+        return [1e3 * statistics.fmean(a.elapsed_time(b) for a, b in each) for each in timed]
+
+    def rms_error(self) -> float:
+        """Of the first result of the last run, over the RMS of what is expected."""
+        result = self._graphs[0][1][0]
+        off = result[:COMPARED].float() - self._expected
+        return float((off.square().mean() / self._expected.square().mean()).sqrt())
 
 
 def _answer(line: str, slots: dict[str, Chains]) -> dict[str, Any]:
     verb, slot, *rest = line.split()
     if verb == "pair":
-        return {"pair": slots[slot].pair(int(rest[0]))}
+        return {"pair": slots[slot].pair(int(rest[0])), "rms_error": slots[slot].rms_error()}
     if verb != "open":
         raise ValueError(f"not understood: {line}")
     name, *sizes, head_start_us = rest
     m, n, k, calls, copies = map(int, sizes)
     slots[slot] = chains = Chains(name, m, n, k, calls, copies, float(head_start_us))
-    return {
-        "fp8": True,
-        "rms_error": chains.rms_error,
-        "version": f"torch {torch.__version__}, {chains.how}",
-    }
+    return {"fp8": True, "version": f"torch {torch.__version__}, {chains.how}"}
 
 
 def main() -> None:

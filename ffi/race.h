@@ -60,6 +60,18 @@ class Race {
                          [&](int candidate) { return median(candidate) <= limit; });
   }
 
+  // The `most` fastest of those that `margin` lies between and the fastest, in their order.
+  std::vector<int> finalists(float margin, int most) const {
+    std::vector<int> found;
+    for (const int candidate : running_) {
+      if (median(candidate) <= margin * best()) found.push_back(candidate);
+    }
+    std::stable_sort(found.begin(), found.end(),
+                     [&](int a, int b) { return median(a) < median(b); });
+    found.resize(std::min(found.size(), static_cast<size_t>(most)));
+    return found;
+  }
+
   // Of a candidate that ran in every round so far.
   float median(int candidate) const {
     std::vector<float> sorted = times_[candidate];

@@ -13,14 +13,25 @@ int64_t rounds_of(const Product& p, int splits = 1) {
   return ceil_div(p.k, splits * kGroups * kChunk);
 }
 
+// Thread blocks that share the K of a tile.
+int splits_here(const Product& p, int processors) {
+  return splits_of(ceil_div(p.n, kTileRows), processors, p.k, kGroups * kChunk, kMostSplits);
+}
+
+cudaError_t processors_here(int* count) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+}
+
 template <int columns>
 cudaError_t launch(const Product& p, int processors, bool follows, cudaStream_t stream) {
   constexpr int most_slots = most_x_slots(columns);
   static_assert(most_slots > 1);
   const bool quantizes = p.x.type == Type::kBF16;
   const int64_t tiles = ceil_div(p.n, kTileRows);  // Of two halves for a SwiGLU.
-  const int splits =
-      quantizes ? 1 : splits_of(tiles, processors, p.k, kGroups * kChunk, kMostSplits);
+  const int splits = quantizes ? 1 : splits_here(p, processors);
   const int64_t rounds = rounds_of(p, splits);
   const int x_slots = static_cast<int>(std::min<int64_t>(rounds, most_slots));
   CUtensorMap x_map{};
@@ -73,7 +84,9 @@ bool small_m_hopper_quantizes(const Product& p, int capability) {
 
 bool small_m_hopper_wins(const Product& p) {
   // Measured with 512 rows of W and more, with X in parts at 4096 x 14336 alone.
-  const bool x_stays = rounds_of(p) <= most_x_slots(p.m <= 8 ? 8 : 16);
+  int processors = 0;
+  if (processors_here(&processors) != cudaSuccess) return false;
+  const bool x_stays = rounds_of(p, splits_here(p, processors)) <= most_x_slots(p.m <= 8 ? 8 : 16);
   const bool is_long = p.n >= 4096 && p.k <= (p.m <= 8 ? 30720 : 18432);
   // With scales of tensors and so many rows of W, cublasLt takes 29.9 us on an H200 where this
   // takes 31.3; on an H100 they are level.
@@ -82,12 +95,8 @@ bool small_m_hopper_wins(const Product& p) {
 }
 
 cudaError_t small_m_hopper(const Product& p, cudaStream_t stream, bool follows) {
-  int device, processors;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (error != cudaSuccess) return error;
+  int processors = 0;
+  if (const cudaError_t error = processors_here(&processors); error != cudaSuccess) return error;
   return p.m <= 8 ? launch<8>(p, processors, follows, stream)
                   : launch<16>(p, processors, follows, stream);
 }

@@ -207,6 +207,16 @@ void test_race() {
   turns.add({0, 1, 2}, {1.0f, 1.0f, 1.0f});
   EXPECT((turns.next() == std::vector<int>{2, 1, 0}));
   EXPECT(turns.median(1) == 1.0f);
+
+  Race close(5);
+  for (int round = 0; round < 3; ++round) {
+    const std::vector<float> times = {10.4f, 10.2f, 10.0f, 10.45f, 10.3f};
+    std::vector<float> in_order;
+    for (const int each : close.next()) in_order.push_back(times[each]);
+    close.add(close.next(), in_order);
+  }
+  EXPECT((close.finalists(1.035f, 4) == std::vector<int>{2, 1, 4}));
+  EXPECT((close.finalists(1.08f, 2) == std::vector<int>{2, 1}));
 }
 
 }  // namespace

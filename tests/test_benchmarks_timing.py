@@ -17,6 +17,7 @@ from benchmarks import (
     heuristic,
     hlo,
     nvcc,
+    peers,
     server,
     stamp,
     timing,
@@ -155,12 +156,13 @@ def test_chains_read_their_stamps(feed, us, monkeypatch):
     (found,) = turns.by_turns([chains])
     assert (found["us"], found["us_iqr"], found["calls"]) == (us, 0.0, 2)
     assert found["stamped"] and found["kernels"] == [0, 1, 2, 0] and found["leads"] == 1
-    runs = []
-    (program,) = chains._programs
-    monkeypatch.setattr(chains, "_programs", [lambda *a: runs.append(program(*a)) or runs[-1]])
-    chains.pair(leads=3)
-    assert len(runs) == 4
     assert chains.first()[0] == 1.0
+    # Of three leads and one more run the last two are timed.
+    runs = iter([(0, 1, 3), (0, 10, 30), (40, 42, 46), (50, 53, 59)])
+    stamps = ([jnp.array([1000 * at, 0], jnp.uint32) for at in run] for run in runs)
+    monkeypatch.setattr(chains, "_programs", [lambda *a: (next(stamps), [jnp.zeros(1)])])
+    assert chains.pair(leads=3) == (2.5, 5.0)
+    assert next(stamps, None) is None
 
 
 @pytest.mark.parametrize("kernels", [[1, 4, 8, 0], [0, 4, 8, 1], [0, 4, 4, 0]])
@@ -326,7 +328,8 @@ for line in sys.stdin:
         import time; time.sleep(60)
     verb, *rest = line.split()
     leads = int(rest[-1]) if verb == "pair" else 0
-    answers = {"pair": {"pair": [1.5, 1.5 + 3 * leads]}, "open": {"said": rest}}
+    pair = {"pair": [1.5, 1.5 + 3 * leads], "leads_last": leads}
+    answers = {"pair": pair, "open": {"said": rest}}
     print(json.dumps(answers.get(verb, {"error": f"no {verb}"})), flush=True)
 """
 
@@ -343,6 +346,7 @@ def test_a_server_takes_part_in_a_timing(echo):
     assert remote.pair(5) == (1.5, 16.5)  # It is told the leads.
     (found,) = turns.by_turns([remote])
     assert found["us"] == 1.0 and found["calls"] == 3 and found["said"] == ["0", "16", "32"]
+    assert found["leads_last"] == 1  # What it says behind a pair is kept.
 
 
 def test_what_a_server_refuses_and_how_it_ends(echo):
@@ -382,3 +386,18 @@ def test_cublaslt_from_cpp():
     started.ask("close")
     with pytest.raises(RuntimeError, match="not understood: pair 0 1"):
         started.ask("pair 0 1")
+
+
+@pytest.mark.gpu
+def test_torch_multiplies_what_it_was_captured_with():
+    started = peers._start_torch()
+    if started is None:
+        pytest.skip("torch is not installed")
+    try:
+        line = "16 256 512 2 2 100.0"
+        first = server.Remote(started, 0, 2, f"open 0 torch_row {line}")
+        second = server.Remote(started, 1, 2, f"open 1 torch_tensor {line}")
+        for found in turns.by_turns([first, second], lead_s=1e-3):  # What one let go, one has.
+            assert found["us"] > 0 and 0.02 < found["rms_error"] < 0.05
+    finally:
+        started.close()
