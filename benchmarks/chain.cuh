@@ -89,12 +89,13 @@ struct Timing {
 
 constexpr int kPairs = 15;
 
-// A stream with the events that time what runs on it.
+// A stream with the two events that time what runs on it.
 class Stopwatch {
  public:
   // What it times starts behind a kernel of so many nanoseconds.
   explicit Stopwatch(int64_t head_start_ns) : head_start_ns_(head_start_ns) {
     BENCH_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+    for (cudaEvent_t& mark : marks_) BENCH_CUDA(cudaEventCreate(&mark));
   }
   ~Stopwatch() {
     for (const cudaEvent_t mark : marks_) cudaEventDestroy(mark);
@@ -105,31 +106,30 @@ class Stopwatch {
   cudaStream_t stream() const { return stream_; }
 
   // Microseconds of a graph, launched while a kernel keeps the device busy.
-  float replay(cudaGraphExec_t exec) {
+  float replay(cudaGraphExec_t exec) const {
     begin();
     mark(0);
     BENCH_CUDA(cudaGraphLaunch(exec, stream_));
     mark(1);
-    BENCH_CUDA(cudaStreamSynchronize(stream_));
+    BENCH_CUDA(cudaEventSynchronize(marks_[1]));
     return between(0);
   }
 
-  // Of two graphs, one behind the other, `leads` times and once more: the mean of the later half of
-  // that, as what comes first after a pause, or after another process, takes another time.
-  std::pair<float, float> replay(cudaGraphExec_t first, cudaGraphExec_t second, int leads) {
-    const int timed = 1 + leads / 2;
+  // Of two graphs, one behind the other, and both right behind `leads` runs of both: what comes
+  // first after a pause, or after another process, takes another time than what follows.
+  std::pair<float, float> replay(cudaGraphExec_t first, cudaGraphExec_t second, int leads) const {
     begin();
-    for (int i = -(1 + leads - timed); i < timed; ++i) {
-      if (i >= 0) mark(3 * i);
+    for (int i = 0; i < leads; ++i) {
       BENCH_CUDA(cudaGraphLaunch(first, stream_));
-      if (i >= 0) mark(3 * i + 1);
       BENCH_CUDA(cudaGraphLaunch(second, stream_));
-      if (i >= 0) mark(3 * i + 2);
     }
-    BENCH_CUDA(cudaStreamSynchronize(stream_));
-    std::pair<float, float> sum{0.0f, 0.0f};
-    for (int i = 0; i < timed; ++i) sum.first += between(3 * i), sum.second += between(3 * i + 1);
-    return {sum.first / timed, sum.second / timed};
+    mark(0);
+    BENCH_CUDA(cudaGraphLaunch(first, stream_));
+    mark(1);
+    BENCH_CUDA(cudaGraphLaunch(second, stream_));
+    mark(2);
+    BENCH_CUDA(cudaEventSynchronize(marks_[2]));
+    return {between(0), between(1)};
   }
 
  private:
@@ -137,14 +137,7 @@ class Stopwatch {
     spin<<<1, 1, 0, stream_>>>(head_start_ns_);
     BENCH_CUDA(cudaGetLastError());
   }
-  void mark(size_t i) {
-    while (marks_.size() <= i) {
-      cudaEvent_t event;
-      BENCH_CUDA(cudaEventCreate(&event));
-      marks_.push_back(event);
-    }
-    BENCH_CUDA(cudaEventRecord(marks_[i], stream_));
-  }
+  void mark(int i) const { BENCH_CUDA(cudaEventRecord(marks_[i], stream_)); }
   float between(int i) const {
     float ms = 0;
     BENCH_CUDA(cudaEventElapsedTime(&ms, marks_[i], marks_[i + 1]));
@@ -153,14 +146,14 @@ class Stopwatch {
 
   int64_t head_start_ns_;
   cudaStream_t stream_ = nullptr;
-  std::vector<cudaEvent_t> marks_;
+  cudaEvent_t marks_[3] = {};
 };
 
 // The calls call(0) ... call(calls - 1), which throw what fails, captured into one graph.
 class Chain {
  public:
   template <typename Call>
-  Chain(Stopwatch& watch, int calls, Call call) : watch_(watch) {
+  Chain(const Stopwatch& watch, int calls, Call call) : watch_(watch) {
     BENCH_CUDA(cudaStreamBeginCapture(watch.stream(), cudaStreamCaptureModeThreadLocal));
     try {
       for (int i = 0; i < calls; ++i) call(i);
@@ -179,20 +172,20 @@ class Chain {
   Chain(const Chain&) = delete;
 
   float replay() const { return watch_.replay(exec_); }
-  // Of this one and, right behind it, of another: the Stopwatch says what `leads` are.
+  // Of this one and, right behind it, of another; both right behind `leads` runs of both.
   std::pair<float, float> replay(const Chain& next, int leads = 1) const {
     return watch_.replay(exec_, next.exec_, leads);
   }
 
  private:
-  Stopwatch& watch_;
+  const Stopwatch& watch_;
   cudaGraph_t graph_ = nullptr;
   cudaGraphExec_t exec_ = nullptr;
 };
 
 // Microseconds of a call, (t(2n) - t(n)) / n.
 template <typename Call>
-Timing time_calls(Stopwatch& watch, int calls, Call call) {
+Timing time_calls(const Stopwatch& watch, int calls, Call call) {
   const Chain once(watch, calls, call), twice(watch, 2 * calls, call);
   for (int i = 0; i < 2; ++i) once.replay(twice);
   std::vector<float> each;

@@ -5,12 +5,12 @@
 //
 // D (M, N) bf16 = X (M, K) W (N, K)^T, both E4M3, fast accumulation, with one scale for each
 // operand or for each row. As in timing.py: chains of CALLS and of 2 CALLS, here CUDA graphs,
-// behind a kernel that keeps the device busy, with COPIES of W by turns and every D kept. It
-// answers each line with a line of JSON, so that timing.py can time it by turns with others:
+// behind a kernel that keeps the device busy and LEADS runs of both, with COPIES of W by turns and
+// every D kept. It answers each line with a line of JSON, so that timing.py can time it by turns
+// with others:
 //
 //   open SLOT M N K CALLS COPIES ROW HEAD_START_US   tries the candidates and keeps the fastest
-//   pair SLOT LEADS                                  times CALLS and 2 CALLS with it, as turns.py
-//                                                    says of LEADS
+//   pair SLOT LEADS                                  times CALLS and 2 CALLS with it
 //   close                                            forgets all slots
 //   copy BYTES                                       the rate of a copy, read and written
 #include <algorithm>
@@ -143,7 +143,7 @@ class Product {
   }
 
   // Microseconds of a call, roughly.
-  float attempt(const lt::Candidate& candidate, int calls) {
+  float attempt(const lt::Candidate& candidate, int calls) const {
     const bench::Chain chain(watch_, calls, [&](int i) { multiply(candidate, i); });
     chain.replay();
     return std::min(chain.replay(), chain.replay()) / calls;
@@ -184,7 +184,7 @@ class Product {
 
 // GB/s, read and written, of the faster of a kernel and cudaMemcpy.
 float copy_rate(int64_t bytes) {
-  bench::Stopwatch watch(500'000);
+  const bench::Stopwatch watch(500'000);
   Memory from(bytes), to(bytes);
   bench::fill<<<1024, 256, 0, watch.stream()>>>(from.as<uint8_t>(), bytes, 0);
   BENCH_CUDA(cudaGetLastError());

@@ -105,7 +105,7 @@ class Remote:
             self.pair()
 
     def pair(self, leads: int = 1) -> tuple[float, float]:
-        """Microseconds of n and of 2n calls, as ``turns.Timed`` says."""
+        """Microseconds of n and of 2n calls, right behind ``leads`` times as many."""
         found = self._server.ask(f"pair {self._slot} {leads}")
         once, twice = found.pop("pair")
         self._facts |= found

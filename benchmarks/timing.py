@@ -262,24 +262,18 @@ class Chains:
         }
 
     def _run(self, which: int = 0, leads: int = 1) -> tuple[float, list[Any]]:
-        """The host's microseconds until a program's results are there, and the stamps of its runs.
-
-        Of those that ``turns`` wants timed.
-        """
+        """The host's microseconds until a program's results are there, and its stamps."""
         busy, _ = head_start()
         start = time.perf_counter()
         for _ in range(self._head_starts):
             busy()
-        runs: list[Any] = []
-        for left in reversed(range(1 + (leads if self._stamped else 0))):
-            stamps = results = None  # Their memory is that of the next ones.
-            stamps, results = self._programs[which](*self._operands)
-            if left < turns.timed_runs(leads):
-                runs.append(stamps)
+        for _ in range(leads if self._stamped else 0):
+            self._programs[which](*self._operands)
+        stamps, results = self._programs[which](*self._operands)
         if leads == 1:  # More are hidden behind each other.
             self._host_us = 1e6 * (time.perf_counter() - start)
         _wait((stamps, results))
-        return 1e6 * (time.perf_counter() - start), runs
+        return 1e6 * (time.perf_counter() - start), stamps
 
     def warm(self) -> None:
         """The first runs load modules, choose algorithms and record XLA's command buffers."""
@@ -302,11 +296,10 @@ class Chains:
             self._head_starts = max(1, min(16, math.ceil(2 * min(host_us) / head_start()[1])))
 
     def pair(self, leads: int = 1) -> tuple[float, float]:
-        """Microseconds of n and of 2n calls, as ``turns.Timed`` says; on a CPU of none and n."""
+        """Microseconds of n and of 2n calls, behind 3n ``leads`` times; on a CPU of none and n."""
         if self._stamped:
-            _, runs = self._run(leads=leads)
-            short = statistics.fmean(stamp.between(a, b) for a, b, _ in runs)
-            return short, statistics.fmean(stamp.between(b, c) for _, b, c in runs)
+            _, (a, b, c) = self._run(leads=leads)
+            return stamp.between(a, b), stamp.between(b, c)
         if not on_gpu():  # There is no head start that would make the difference mean something.
             return 0.0, 0.5 * self._run(1)[0]
         return self._run(0)[0], self._run(1)[0]

@@ -1,20 +1,18 @@
 """torch's ``_scaled_mm`` in a process of its own, which ``peers.py`` asks line by line.
 
-It imports nothing of JAX. ``open SLOT NAME M N K CALLS COPIES HEAD_START_US`` compiles and captures
-CUDA graphs of CALLS and of 2 CALLS calls; ``pair SLOT LEADS`` times both, as ``turns.Timed`` says,
-and compares a result of theirs with what is expected. Each answer is a line of JSON.
+It imports nothing of JAX. ``open SLOT NAME M N K CALLS COPIES HEAD_START_US`` compiles, and
+captures CUDA graphs of CALLS and of 2 CALLS calls; ``pair SLOT LEADS`` times both, behind as many
+runs of both, and compares a result with what is expected. Each answer is a line of JSON.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import statistics
 import sys
 from typing import Any
 
 import torch
-
-from benchmarks import turns
 
 E4M3, LARGEST = torch.float8_e4m3fn, 448.0
 COMPARED = 64
@@ -92,22 +90,20 @@ class Chains:
         return graph, results
 
     def pair(self, leads: int) -> list[float]:
-        """Microseconds of n and of 2n calls, as ``turns.Timed`` says."""
+        """Microseconds of n and of 2n calls, behind as many ``leads`` times: ``timing.Chains``."""
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
         (short, _), (long, _) = self._graphs
-        runs = []
         with torch.cuda.stream(self._stream):
             torch.cuda._sleep(self._cycles)
-            for _ in range(1 + leads):
-                a, b, c = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-                a.record()
+            for _ in range(leads):
                 short.replay()
-                b.record()
                 long.replay()
-                c.record()
-                runs.append(((a, b), (b, c)))
-        torch.cuda.synchronize()
-        timed = zip(*runs[-turns.timed_runs(leads) :], strict=True)
-        return [1e3 * statistics.fmean(a.elapsed_time(b) for a, b in each) for each in timed]
+            marks[0].record()
+            for graph, mark in zip((short, long), marks[1:], strict=True):
+                graph.replay()
+                mark.record()
+        marks[-1].synchronize()
+        return [1e3 * a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
 
     def rms_error(self) -> float:
         """Of the first result of the last run, over the RMS of what is expected."""

@@ -2,9 +2,9 @@
 
 In each round in another order, so that none always follows the same one. Where arithmetic brings
 the card to its limit of power, which takes a tenth of a second or so to slow it down, each runs for
-a while without a pause, and its pair is the mean of the later half of that: else what stands behind
-a pause, or behind something lighter, would be the faster for it. So the card's clocks and heat are
-the same for all. Programs in other processes take part: all they need is what ``Timed`` says.
+a while right before its pair, without a pause: else what stands behind one, or behind something
+lighter, would be the faster for it. So the card's clocks and heat are the same for all. Programs in
+other processes take part: all they need is what ``Timed`` says.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from typing import Any, Protocol
 BUDGET_S = 0.15
 SETTLED = 0.004
 LEAST_PAIRS, MOST_PAIRS = 5, 40
-#: Seconds for which what heats the card runs for each of its pairs.
+#: Seconds for which what heats the card runs right before each of its pairs.
 LEAD_S = 0.2
+#: So many of these come on top of the budget.
+LEADS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +38,8 @@ class Timing:
       us_iqr: interquartile range of the pairs.
       calls: n.
       pairs: repetitions.
-      leads: how many runs of both chains stood right before the last one; where the host's clock
-        times a chain, none did.
+      leads: how many runs of both chains stood right before each pair; where the host's clock times
+        a chain, none did.
     """
 
     us: float
@@ -57,18 +59,10 @@ class Timed(Protocol):
         """Runs it until its time is that of the runs to come."""
 
     def pair(self, leads: int = 1) -> tuple[float, float]:
-        """Microseconds of n and of 2n calls, run ``leads`` times and once more.
-
-        The mean of the last ``timed_runs(leads)``.
-        """
+        """Microseconds of n and of 2n calls, right behind ``leads`` times as many."""
 
     def facts(self) -> dict[str, Any]:
         """What else belongs into the row."""
-
-
-def timed_runs(leads: int) -> int:
-    """Of so many runs and one more, how many are timed: the later half, the last where it leads."""
-    return 1 + leads // 2
 
 
 class _Turns:
@@ -132,8 +126,7 @@ def by_turns(
     Args:
       these: what to time; an exception, of one that could not be made, is passed on.
       budget_s: seconds for each; less is taken where its pairs agree.
-      lead_s: seconds for which each runs without a pause, the later half of them timed; least pairs
-        of that come on top of the budget.
+      lead_s: seconds for which each runs right before each of its pairs.
 
     Returns:
       For each the fields of ``Timing`` and its own ``facts``, or the exception.
@@ -142,7 +135,7 @@ def by_turns(
     for turn in turns:
         turn.warm(lead_s)
     order = random.Random(0)
-    while left := [turn for turn in turns if not turn.done(budget_s + LEAST_PAIRS * lead_s)]:
+    while left := [turn for turn in turns if not turn.done(budget_s + LEADS * lead_s)]:
         for turn in order.sample(left, len(left)):
             turn.take()
     found: list[dict[str, Any] | Exception] = []

@@ -83,7 +83,7 @@ bool small_m_hopper_quantizes(const Product& p, int capability) {
 }
 
 bool small_m_hopper_wins(const Product& p) {
-  // Measured with 512 rows of W and more, with X in parts at 4096 x 14336 alone.
+  // Measured with 512 rows of W and more, with X that does not stay at 4096 x 14336 alone.
   int processors = 0;
   if (processors_here(&processors) != cudaSuccess) return false;
   const bool x_stays = rounds_of(p, splits_here(p, processors)) <= most_x_slots(p.m <= 8 ? 8 : 16);
