@@ -6,7 +6,8 @@ namespace {
 
 constexpr int kBlock = 128;  // Columns of a scale block, and rows of a square one.
 // Measured on an H200 against 16 lanes a strip, several strips a thread, and squares of 256 and
-// 1024 threads: within 3 % of a pass whose scale is known.
+// 1024 threads: within 3 % of a pass whose scale is known, and squares of 8 million values
+// within 9.
 constexpr int kStripThreads = 256, kLanes = 8;
 constexpr int kSquareThreads = 512;
 

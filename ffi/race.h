@@ -2,7 +2,8 @@
 //
 // A GPU's clock follows its power and its temperature, so times that were taken apart do not
 // compare. In a round every candidate that is still in it runs once, one after the other. What is
-// clearly slower at its best leaves, and the rest is compared by medians.
+// clearly slower at its best leaves, and the rest is compared by medians. Where a clock takes long
+// to settle, the last of a race run another one, of one round, in which each has it for itself.
 #pragma once
 
 #include <algorithm>
@@ -60,16 +61,16 @@ class Race {
                          [&](int candidate) { return median(candidate) <= limit; });
   }
 
-  // The `most` fastest of those that `margin` lies between and the fastest, in their order.
-  std::vector<int> finalists(float margin, int most) const {
-    std::vector<int> found;
-    for (const int candidate : running_) {
-      if (median(candidate) <= margin * best()) found.push_back(candidate);
-    }
+  // A race of the fastest, up to `most`, of those that take at most `margin` times the least.
+  Race finalists(float margin, size_t most) const {
+    std::vector<int> found = running_;
     std::stable_sort(found.begin(), found.end(),
                      [&](int a, int b) { return median(a) < median(b); });
-    found.resize(std::min(found.size(), static_cast<size_t>(most)));
-    return found;
+    while (found.size() > most || median(found.back()) > margin * best()) found.pop_back();
+    std::sort(found.begin(), found.end());
+    Race race(static_cast<int>(times_.size()));
+    race.running_ = found;
+    return race;
   }
 
   // Of a candidate that ran in every round so far.

@@ -215,8 +215,11 @@ void test_race() {
     for (const int each : close.next()) in_order.push_back(times[each]);
     close.add(close.next(), in_order);
   }
-  EXPECT((close.finalists(1.035f, 4) == std::vector<int>{2, 1, 4}));
-  EXPECT((close.finalists(1.08f, 2) == std::vector<int>{2, 1}));
+  EXPECT((close.finalists(1.035f, 8).next() == std::vector<int>{1, 2, 4}));
+  Race last = close.finalists(1.08f, 2);
+  EXPECT((last.next() == std::vector<int>{1, 2}));
+  last.add({1, 2}, {10.0f, 10.05f});
+  EXPECT(last.winner() == 1 && last.median(1) == 10.0f);
 }
 
 }  // namespace

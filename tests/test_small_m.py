@@ -303,6 +303,9 @@ def ran(x, w, **options):
         (90, "row", ref.E4M3, (16, 4096, 16384), "small_m"),
         (90, "row", ref.E4M3, (8, 4096, 28672), "small_m"),
         (90, "row", ref.E4M3, (16, 4096, 28672), "cublaslt"),
+        (90, "row", ref.E4M3, (16, 1024, 18432), "small_m"),  # Two thread blocks share K.
+        (90, "row", ref.E4M3, (16, 1024, 18448), "cublaslt"),
+        (90, "row", ref.E4M3, (8, 1024, 30736), "cublaslt"),
         (90, "row", ref.E4M3, (16, 28672, 1024), "small_m"),
         (90, "tensor", ref.E4M3, (16, 28672, 1024), "cublaslt"),
         (90, "tensor", ref.E4M3, (8, 28672, 1024), "small_m"),
