@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "ffi/cublaslt_timing.h"
+#include "ffi/device.h"
 #include "ffi/race.h"
 
 namespace jax_fp8::lt {
@@ -177,10 +178,9 @@ class Scratch {
   // One allocation with all in it.
   cudaError_t allocate() {
     const Problem& p = problem_;
-    int device = 0, l2 = 0;
+    int l2 = 0;
     size_t free = 0, total = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, device);
+    cudaError_t error = device_attribute(cudaDevAttrL2CacheSize, &l2);
     if (error == cudaSuccess) error = cudaMemGetInfo(&free, &total);
     if (error != cudaSuccess) return error;
     // Others may allocate at the same time.
@@ -263,6 +263,19 @@ Timed failed(const std::string& why_not) {
 
 Timed failed(cudaError_t error) {
   return failed(error == cudaErrorMemoryAllocation ? "out of memory" : cudaGetErrorString(error));
+}
+
+// Microseconds of a call of a chain of `calls`, each of which takes about `us`, once the device is
+// at the clock that it has with it. What fails is in scratch->error().
+float time_alone(Scratch* scratch, int candidate, float us, int calls) {
+  const int repeats =
+      std::max(1, static_cast<int>(kAloneUs / 2 / (us * static_cast<float>(calls))));
+  for (int repeat = 0; repeat < 2 * repeats; ++repeat) {
+    if (repeat == repeats) scratch->mark(0);
+    scratch->run_chain(candidate);
+  }
+  scratch->mark(1);
+  return scratch->wait() ? scratch->us_between(0, 1) / static_cast<float>(calls * repeats) : 0.0f;
 }
 
 }  // namespace
@@ -353,21 +366,11 @@ Timed time_candidates(const Problem& problem, int count, const Start& start) {
   if (result.winner < 0) return failed(error);
   result.us = race.median(result.winner);
   Race last = race.finalists(kAloneMargin, kMostAlone);
-  const std::vector<int> order = last.next();
-  const float half = kAloneUs / 2;  // Where one chain takes longer, each was alone in its turns.
-  if (hot && order.size() > 1 && result.us * static_cast<float>(calls) < half) {
+  // Where one chain takes longer, each was alone in its turns.
+  if (hot && !last.decided(false) && result.us * static_cast<float>(calls) < kAloneUs / 2) {
+    const std::vector<int> order = last.next();
     std::vector<float> times;
-    for (size_t i = 0; i < order.size(); ++i) {
-      const float chain_us = race.median(order[i]) * static_cast<float>(calls);
-      const int repeats = std::max(1, static_cast<int>(half / chain_us));
-      for (int repeat = 0; repeat < 2 * repeats; ++repeat) {
-        if (repeat == repeats) scratch.mark(2 * i);
-        scratch.run_chain(order[i]);
-      }
-      scratch.mark(2 * i + 1);
-      if (!scratch.wait()) return failed(scratch.error());
-      times.push_back(scratch.us_between(2 * i, 2 * i + 1) / static_cast<float>(calls * repeats));
-    }
+    for (const int i : order) times.push_back(time_alone(&scratch, i, race.median(i), calls));
     last.add(order, times);
     result.winner = last.winner();
     result.us = last.median(result.winner);

@@ -2,6 +2,7 @@
 #include <type_traits>
 
 #include "ffi/decode.h"
+#include "ffi/device.h"
 #include "ffi/finish.h"
 #include "ffi/mma.h"
 
@@ -344,16 +345,9 @@ struct Device {
 };
 
 cudaError_t describe_device(Device* device) {
-  int ordinal = 0;
-  cudaError_t error = cudaGetDevice(&ordinal);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&device->processors, cudaDevAttrMultiProcessorCount, ordinal);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&device->shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                   ordinal);
-  }
-  return error;
+  const cudaError_t error = device_attribute(cudaDevAttrMultiProcessorCount, &device->processors);
+  if (error != cudaSuccess) return error;
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_memory);
 }
 
 // What a product takes with this tile: the waves of thread blocks, each as long as its tiles are

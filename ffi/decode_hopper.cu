@@ -3,6 +3,7 @@
 
 #include "ffi/decode_hopper.h"
 #include "ffi/decode_hopper_kernel.h"
+#include "ffi/device.h"
 #include "ffi/tensor_map.h"
 
 namespace jax_fp8 {
@@ -108,11 +109,8 @@ bool decode_hopper_supports(const Product& p, int capability) {
 }
 
 cudaError_t decode_hopper(const Product& p, cudaStream_t stream) {
-  int device, multiprocessors;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  }
+  int multiprocessors = 0;
+  const cudaError_t error = device_attribute(cudaDevAttrMultiProcessorCount, &multiprocessors);
   if (error != cudaSuccess) return error;
   return launch(p, choose(p, multiprocessors), multiprocessors, stream);
 }

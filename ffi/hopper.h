@@ -7,17 +7,17 @@
 
 #include <cstdint>
 
+#include "ffi/device.h"
 #include "ffi/fp8.h"
 
 namespace jax_fp8::hopper {
 
 // A call can pretend a capability, but there is no code for other devices than these.
 inline bool is_device() {
-  int device, major, minor;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-         major == 9 && minor == 0;
+  int major, minor;
+  return device_attribute(cudaDevAttrComputeCapabilityMajor, &major) == cudaSuccess &&
+         device_attribute(cudaDevAttrComputeCapabilityMinor, &minor) == cudaSuccess && major == 9 &&
+         minor == 0;
 }
 
 __device__ inline uint32_t shared_address(const void* pointer) {

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "ffi/device.h"
 #include "ffi/large_m_hopper.h"
 #include "ffi/large_m_hopper_kernel.h"
 #include "ffi/tensor_map.h"
@@ -47,11 +48,8 @@ bool large_m_hopper_supports(const Product& p, int capability) {
 }
 
 cudaError_t large_m_hopper(const Product& p, cudaStream_t stream) {
-  int device, processors;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  }
+  int processors = 0;
+  const cudaError_t error = device_attribute(cudaDevAttrMultiProcessorCount, &processors);
   if (error != cudaSuccess) return error;
   return p.swiglu ? launch<true>(p, processors, stream) : launch<false>(p, processors, stream);
 }

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "ffi/device.h"
 #include "ffi/pack.h"
 #include "ffi/quantize.h"
 
@@ -66,12 +67,6 @@ cudaError_t dispatch(const Quantize& q, Launch launch) {
 }
 
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-inline cudaError_t device_attribute(cudaDeviceAttr attribute, int* value) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  return error == cudaSuccess ? cudaDeviceGetAttribute(value, attribute, device) : error;
-}
 
 // The inverse of a group's scale; one thread of the group writes the scale and the amax.
 __device__ inline float scale_group(const Quantize& q, int64_t index, uint32_t amax, bool writes) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "ffi/device.h"
 #include "ffi/finish.h"
 #include "ffi/follow.h"
 #include "ffi/gemv.h"
@@ -257,10 +258,9 @@ struct Device {
   int processors, memory, reserved;  // Shared memory of a multiprocessor, and lost for each block.
 
   cudaError_t query() {
-    int device = 0;
-    cudaError_t error = cudaGetDevice(&device);
+    cudaError_t error = cudaSuccess;
     const auto get = [&](int* value, cudaDeviceAttr attribute) {
-      if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
+      if (error == cudaSuccess) error = device_attribute(attribute, value);
     };
     get(&processors, cudaDevAttrMultiProcessorCount);
     get(&memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor);

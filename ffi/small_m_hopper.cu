@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "ffi/device.h"
 #include "ffi/follow.h"
 #include "ffi/small_m_hopper.h"
 #include "ffi/small_m_hopper_kernel.h"
@@ -16,13 +17,6 @@ int64_t rounds_of(const Product& p, int splits = 1) {
 // Thread blocks that share the K of a tile.
 int splits_here(const Product& p, int processors) {
   return splits_of(ceil_div(p.n, kTileRows), processors, p.k, kGroups * kChunk, kMostSplits);
-}
-
-cudaError_t processors_here(int* count) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
 }
 
 template <int columns>
@@ -85,7 +79,7 @@ bool small_m_hopper_quantizes(const Product& p, int capability) {
 bool small_m_hopper_wins(const Product& p) {
   // Measured with 512 rows of W and more, with X that does not stay at 4096 x 14336 alone.
   int processors = 0;
-  if (processors_here(&processors) != cudaSuccess) return false;
+  if (device_attribute(cudaDevAttrMultiProcessorCount, &processors) != cudaSuccess) return false;
   const bool x_stays = rounds_of(p, splits_here(p, processors)) <= most_x_slots(p.m <= 8 ? 8 : 16);
   const bool is_long = p.n >= 4096 && p.k <= (p.m <= 8 ? 30720 : 18432);
   // With so many rows of W, cublasLt takes 30.0 us on an H200 where this takes 31.2; on an H100
@@ -96,7 +90,8 @@ bool small_m_hopper_wins(const Product& p) {
 
 cudaError_t small_m_hopper(const Product& p, cudaStream_t stream, bool follows) {
   int processors = 0;
-  if (const cudaError_t error = processors_here(&processors); error != cudaSuccess) return error;
+  const cudaError_t error = device_attribute(cudaDevAttrMultiProcessorCount, &processors);
+  if (error != cudaSuccess) return error;
   return p.m <= 8 ? launch<8>(p, processors, follows, stream)
                   : launch<16>(p, processors, follows, stream);
 }
