@@ -1,4 +1,5 @@
 // How the rows of a fused producer are spread over the device, and launched.
+#include "ffi/device.h"
 #include "ffi/fused_rows_kernel.h"
 #include "ffi/zero.h"
 
@@ -11,22 +12,17 @@ struct Spread {
   int rows() const { return std::max(1, 128 / threads); }  // Of a block.
 };
 
-int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&value, attribute, device);
-  return value;
-}
-
 using Kernel = void (*)(Fused, Pass, Kept);
 
 // Thread blocks that run at once, with so many bytes of dynamic shared memory.
 cudaError_t blocks_at_once(Kernel kernel, const Spread& spread, int64_t bytes, int64_t* blocks) {
-  int resident = 0;
+  int resident = 0, processors = 0;
   const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
       &resident, kernel, spread.threads * spread.rows(), static_cast<size_t>(bytes));
-  *blocks = int64_t{resident} * device_attribute(cudaDevAttrMultiProcessorCount);
-  return error;
+  if (error != cudaSuccess) return error;
+  const cudaError_t asked = device_attribute(cudaDevAttrMultiProcessorCount, &processors);
+  *blocks = int64_t{resident} * processors;
+  return asked;
 }
 
 cudaError_t launch(Kernel kernel, const Fused& f, Pass pass, const Spread& spread,
@@ -71,11 +67,18 @@ cudaError_t launch_tensor(const Fused& f, const Spread& spread, cudaStream_t str
   if (error != cudaSuccess) return error;
   const int64_t blocks = std::min(f.rows, most / spread.parts);
   if (blocks == 0) return cudaErrorNotSupported;
+  int processors = 0, of_block = 0, of_processor = 0;  // Shared memory that each may have.
+  error = device_attribute(cudaDevAttrMultiProcessorCount, &processors);
+  if (error == cudaSuccess) {
+    error = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &of_block);
+  }
+  if (error == cudaSuccess) {
+    error = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &of_processor);
+  }
   cudaFuncAttributes attributes{};
-  error = cudaFuncGetAttributes(&attributes, twice);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, twice);
   if (error != cudaSuccess) return error;
-  const int64_t room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) -
-                       static_cast<int64_t>(attributes.sharedSizeBytes);
+  const int64_t room = of_block - static_cast<int64_t>(attributes.sharedSizeBytes);
   error = cudaFuncSetAttribute(twice, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(room));  // The same for all calls.
   if (error != cudaSuccess) return error;
@@ -86,10 +89,8 @@ cudaError_t launch_tensor(const Fused& f, const Spread& spread, cudaStream_t str
       int64_t{sizeof(Pack<in, kWidth>)} * packs * Producer::kParts * spread.threads;
   // As many as leave all blocks running at once: a little less than the share of each of a
   // multiprocessor's.
-  const int64_t resident =
-      ceil_div(blocks * spread.parts, device_attribute(cudaDevAttrMultiProcessorCount));
-  const int64_t share =
-      std::min(room, device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / resident);
+  const int64_t resident = ceil_div(blocks * spread.parts, processors);
+  const int64_t share = std::min(room, of_processor / resident);
   for (int64_t kept = std::min(turns, (share - norms) / of_turn); norms <= room && kept >= 0;
        --kept) {
     const int64_t bytes = norms + kept * of_turn;
