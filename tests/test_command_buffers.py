@@ -17,7 +17,7 @@ RUNS = 20
 # Each step has sizes of its own, so that its handlers have entries of their own in the journal.
 CHAIN = """
 import sys; sys.path.append({here!r})
-import hashlib, json
+import hashlib, json, time
 import jax, jax.numpy as jnp, numpy as np
 import jax_fp8
 from cases import codes
@@ -68,6 +68,7 @@ for _ in range({runs}):
     digests.add(hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest())
     assert all(np.isfinite(np.asarray(leaf).astype(np.float32)).all() for leaf in leaves)
     del leaves
+    time.sleep(0.01)  # A copy to the host lets go of its buffer late, and the next would move.
 plans = [p for p in jax_fp8.plans() if p["when"] == "run"]
 print(json.dumps(dict(
     digests=sorted(digests),
