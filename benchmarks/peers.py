@@ -174,7 +174,7 @@ def _product(x: Any, w: Any) -> jax.Array:
     return jax_fp8.scaled_matmul(x, w, preferred_element_type=jnp.bfloat16)
 
 
-_PEERS = (
+PEERS = (
     Peer("bf16", "bf16", operands.wide, _bf16, "wide"),
     Peer("row", "jax_fp8 rowwise", operands.row, _matmul("rowwise"), "jax_fp8"),
     Peer("tensor", "jax_fp8 tensorwise", operands.tensor, _matmul("tensorwise"), "jax_fp8"),
@@ -204,9 +204,9 @@ TORCH = {
     "torch_row": "torch _scaled_mm rowwise",
     "torch_tensor": "torch _scaled_mm tensorwise",
 }
-NAMES = {**{peer.name: peer.said for peer in _PEERS}, **TORCH}
+NAMES = {**{peer.name: peer.said for peer in PEERS}, **TORCH}
 #: What jax_fp8 is compared with.
-OTHERS = tuple(peer.name for peer in _PEERS if peer.kind in ("xla", "flax")) + tuple(TORCH)
+OTHERS = tuple(peer.name for peer in PEERS if peer.kind in ("xla", "flax")) + tuple(TORCH)
 
 
 def _here() -> list[Peer]:
@@ -216,7 +216,7 @@ def _here() -> list[Peer]:
         "lax_scaled_dot": hasattr(lax, "scaled_dot"),
     }
     flax = importlib.util.find_spec("flax") is not None
-    return [p for p in _PEERS if has.get(p.name, True) and (flax or p.kind != "flax")]
+    return [p for p in PEERS if has.get(p.name, True) and (flax or p.kind != "flax")]
 
 
 def _floor(problem: Problem) -> float:

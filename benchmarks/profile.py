@@ -1,4 +1,4 @@
-"""Where the time goes: the kernels of an MLP block, of a decoder's step and of a layer's training.
+"""Where the time goes: kernels of MLP blocks, a product, a decoder's step, a layer's training.
 
 The durations are the profiler's, which sees each kernel of XLA's command buffers. What passes
 between kernels is not among them: the profiler would make it longer. The other benchmarks have it.
@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from benchmarks import decoder, dense_layers, mlp, operands, tables, targets, timing
+from benchmarks import decoder, dense_layers, mlp, operands, peers, tables, targets, timing
 
 Row = dict[str, Any]
 #: A kernel's name and how many microseconds it ran.
@@ -56,6 +56,22 @@ def _blocks(m: int, variant: str, size: tuple[int, int], units: int) -> Work:
     return Work(lambda: chain(state, weights), units, nbytes)
 
 
+def _products(problem: peers.Problem, variant: str, units: int, chains: int) -> Work:
+    """A layer with the quantization of its activations, in chains without a pause between them."""
+    m, n, k = problem
+    (peer,) = (peer for peer in peers.PEERS if peer.name == variant)
+    weights = operands.Weights(n, k).get(peer.prepare, units)
+    x = operands.normal(0, (m, k))
+    chain = jax.jit(timing.chain(peer.call, units))
+
+    def run() -> Any:
+        for _ in range(chains - 1):
+            chain((x,), weights)
+        return chain((x,), weights)
+
+    return Work(run, chains * units)
+
+
 def _steps(model: Any, batch: int, steps: int) -> Work:
     """A decoder's steps, each a program of its own, and the zeros that their cache starts from."""
     step = decoder.stepper(model, batch, steps)
@@ -89,12 +105,17 @@ def _works(shapes: str) -> Iterator[tuple[str, str, Callable[[], Work]]]:
     size, units = mlp.SIZES[shapes], 2 if small else 32
     few = "bf16", "rowwise", "around", "rowwise_around"
     many = "bf16", "rowwise", "rowwise_around", "static_around"
-    for m, variants in [(2, few)] if small else [(1, few), (16, few), (8192, many)]:
+    for m, variants in [(2, few)] if small else [(1, few), (16, few), (128, few), (8192, many)]:
         for variant in variants:
             if variant not in mlp.variants(m):
                 continue
             said = f"MLP block, M = {m}"
             yield said, variant, lambda m=m, v=variant: _blocks(m, v, size, units)
+    product = peers.SHAPES[shapes][0]
+    for variant in ("bf16", "row", "tensor", "xla_raw_narrow"):
+        said = f"{' x '.join(map(str, product))}, with quantization"
+        chains = 2 if small else 16  # A fifth of a second, after which the card is hot.
+        yield said, variant, lambda v=variant, c=chains: _products(product, v, peers.MOST_CALLS, c)
     problem = (32, 64, 48) if small else (8192, 14336, 4096)
     for variant in ("bf16", "tensorwise", "rowwise"):
         said = f"training of a dense layer, {' x '.join(map(str, problem))}"
@@ -204,11 +225,11 @@ def table(rows: list[Row]) -> str:
             if row.get("us") is not None:
                 lines += _lines(work, variant, row)
     title = (
-        "Where the time goes, in us of an MLP block of Llama 3 8B, of a step of a decoder of its"
-        " shape, or of a dense layer's value and gradients: by kernels, of which those that take"
-        " less than 1 % are `others`. `all` is their sum, which is more than what passes where some"
-        " start before those in front of them have ended: each counts from its start. `reading` is"
-        " what the weights would take at the speed of a large copy."
+        "Where the time goes, in us of an MLP block of Llama 3 8B, of a product, of a step of a"
+        " decoder of its shape, or of a dense layer's value and gradients: by kernels, of which"
+        " those that take less than 1 % are `others`. `all` is their sum, which is more than what"
+        " passes where some start before those in front of them have ended: each counts from its"
+        " start. `reading` is what the weights would take at the speed of a large copy."
     )
     header = ["", "", "kernel", "calls", "us", "share"]
     return tables.assemble([title, tables.markdown(header, lines)], tables.errors(rows, KEYS))

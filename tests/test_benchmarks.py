@@ -113,7 +113,7 @@ def test_peers_compute_the_product():
 
 def test_the_peer_by_preset_names_its_algorithm():
     """A CPU refuses it, so that it is seen in what a GPU would compile."""
-    (peer,) = (peer for peer in peers._PEERS if peer.name == "xla_raw_preset")
+    (peer,) = (peer for peer in peers.PEERS if peer.name == "xla_raw_preset")
     x = operands.normal(0, (16, 64))
     ahead = peer.prepare(operands.normal(1, (32, 64)))
     lowered = jax.jit(peer.call).trace(x, *ahead).lower(lowering_platforms=("cuda",))

@@ -68,7 +68,7 @@ for _ in range({runs}):
     digests.add(hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest())
     assert all(np.isfinite(np.asarray(leaf).astype(np.float32)).all() for leaf in leaves)
     del leaves
-    time.sleep(0.01)  # A copy to the host lets go of its buffer late, and the next would move.
+    time.sleep(0.01)  # A copy to the host may let go of its buffer late, and the next move.
 plans = [p for p in jax_fp8.plans() if p["when"] == "run"]
 print(json.dumps(dict(
     digests=sorted(digests),
